@@ -1,0 +1,13 @@
+//! What Lengthwise's crates speak about: requests, lengths, estimates, and the traits between them.
+
+mod decoder;
+mod estimate;
+mod id;
+mod prompt;
+mod request;
+
+pub use decoder::{DecodeError, Decoder};
+pub use estimate::{LengthEstimate, LengthPredictor, PredictError, PredictInput, Quantile};
+pub use id::RequestId;
+pub use prompt::{ChatMessage, Prompt};
+pub use request::{FinishReason, Request, Response, SamplingParams, bucket_up};
