@@ -1,1 +1,20 @@
-//! model.
+//! A Llama on candle: network, KV cache, LoRA, checkpoints, tokenizer, chat templates and sampling.
+
+mod config;
+mod error;
+mod kv_cache;
+mod lora;
+mod network;
+mod ops;
+mod weights;
+
+#[cfg(test)]
+mod testing;
+
+pub use config::{ModelConfig, RopeScaling};
+pub use error::ModelError;
+pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token};
+pub use lora::{Adapter, Dropout, LinearKind, LoraConfig, TargetModules};
+pub use network::{Llama, Segment};
+pub use ops::cross_entropy;
+pub use weights::Weights;

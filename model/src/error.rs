@@ -1,0 +1,116 @@
+//! What can be wrong with a model, its files or what it is asked.
+
+use std::path::PathBuf;
+
+/// Every cause names what was found and what was wanted.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// `--model` names nothing that can be found.
+    #[error("model \"{spec}\": {reason}")]
+    NotFound {
+        /// What was asked for.
+        spec: String,
+        /// Where it was looked for.
+        reason: String,
+    },
+    /// A file cannot be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A file of the model is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    BadFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// config.json names an architecture that is not there.
+    #[error("architecture {got} is not supported; supported are {supported}")]
+    UnsupportedArchitecture {
+        /// The name in config.json.
+        got: String,
+        /// Those that are.
+        supported: String,
+    },
+    /// A value in config.json cannot be.
+    #[error("config.json: {reason}")]
+    BadConfig {
+        /// Which and why.
+        reason: String,
+    },
+    /// The weights lack a tensor.
+    #[error("tensor {name} is missing from the weights")]
+    MissingTensor {
+        /// Its Hugging Face name.
+        name: String,
+    },
+    /// A tensor's shape is not what config.json says.
+    #[error("tensor {name} has shape {got:?}, config.json says {want:?}")]
+    ShapeMismatch {
+        /// Its Hugging Face name.
+        name: String,
+        /// The shape found.
+        got: Vec<usize>,
+        /// The shape that follows from config.json.
+        want: Vec<usize>,
+    },
+    /// A tensor holds NaN or infinity.
+    #[error("tensor {name} holds a value that is not finite: the file is damaged")]
+    NonFiniteTensor {
+        /// Its Hugging Face name.
+        name: String,
+    },
+    /// An adapter does not fit the model or is of an unsupported kind.
+    #[error("adapter {reason}")]
+    AdapterMismatch {
+        /// Which file and why.
+        reason: String,
+    },
+    /// More tokens than the model has positions.
+    #[error("prompt has {got} tokens, the model takes at most {max}")]
+    PromptTooLong {
+        /// Its tokens.
+        got: usize,
+        /// Positions of the model.
+        max: usize,
+    },
+    /// A token id that the model has no embedding for.
+    #[error("token {token} is outside the model's vocabulary of {vocab_size}")]
+    UnknownToken {
+        /// The id.
+        token: u32,
+        /// Ids are below this.
+        vocab_size: usize,
+    },
+    /// A sequence's blocks do not hold its new tokens.
+    #[error("a sequence of {needed} tokens has cache blocks for {capacity}")]
+    BlockTableTooShort {
+        /// Tokens it grows to.
+        needed: usize,
+        /// Tokens its blocks hold.
+        capacity: usize,
+    },
+    /// The tokenizer failed.
+    #[error("tokenizer: {reason}")]
+    Tokenizer {
+        /// What it said.
+        reason: String,
+    },
+    /// The chat template failed.
+    #[error("chat template: {reason}")]
+    Template {
+        /// What it said.
+        reason: String,
+    },
+    /// Every logit is NaN or infinite.
+    #[error("the model's logits are not finite: the weights are damaged, or the dtype is too narrow for them")]
+    NonFiniteLogits,
+    /// candle failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}

@@ -1,0 +1,126 @@
+//! The KV cache: keys and values of every layer in blocks that sequences borrow and give back.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::{ModelConfig, ModelError};
+
+/// Tokens in a block.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// Preallocated keys and values, `[blocks * BLOCK_TOKENS, kv_heads * head_dim]` per layer.
+///
+/// A sequence holds a [`BlockTable`]; no row is ever copied or padded, and a sequence's end frees its blocks at once.
+#[derive(Debug)]
+pub struct KvCache {
+    pub(crate) keys: Vec<Tensor>,
+    pub(crate) values: Vec<Tensor>,
+    free: Vec<u32>,
+    blocks: usize,
+}
+
+/// The blocks that a sequence holds, in the order of its positions.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct BlockTable {
+    blocks: Vec<u32>,
+}
+
+impl BlockTable {
+    /// Tokens that the blocks hold.
+    pub fn capacity(&self) -> usize {
+        self.blocks.len() * BLOCK_TOKENS
+    }
+
+    /// Cache row of `position`, which must be below the capacity.
+    pub(crate) fn slot(&self, position: usize) -> u32 {
+        self.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32
+    }
+}
+
+impl KvCache {
+    /// Room for `tokens`, rounded up to whole blocks.
+    ///
+    /// # Errors
+    /// The device has not that much memory.
+    pub fn new(config: &ModelConfig, tokens: usize, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+        let blocks = tokens.div_ceil(BLOCK_TOKENS).max(1);
+        let shape = (blocks * BLOCK_TOKENS, config.num_key_value_heads * config.head_dim);
+        let layers = || {
+            (0..config.num_hidden_layers)
+                .map(|_| Tensor::zeros(shape, dtype, device))
+                .collect::<candle_core::Result<Vec<_>>>()
+        };
+        Ok(Self {
+            keys: layers()?,
+            values: layers()?,
+            free: (0..blocks as u32).rev().collect(),
+            blocks,
+        })
+    }
+
+    /// Tokens that the whole cache holds.
+    pub fn capacity(&self) -> usize {
+        self.blocks * BLOCK_TOKENS
+    }
+
+    /// Tokens in blocks that nobody holds.
+    pub fn free_tokens(&self) -> usize {
+        self.free.len() * BLOCK_TOKENS
+    }
+
+    /// Grows `table` until it holds `tokens`. False, and nothing taken, where the free blocks do not suffice.
+    #[must_use]
+    pub fn reserve(&mut self, table: &mut BlockTable, tokens: usize) -> bool {
+        let more = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(table.blocks.len());
+        if more > self.free.len() {
+            return false;
+        }
+        table.blocks.extend(self.free.drain(self.free.len() - more..).rev());
+        true
+    }
+
+    /// Takes the blocks of a sequence back.
+    pub fn release(&mut self, table: BlockTable) {
+        self.free.extend(table.blocks.into_iter().rev());
+    }
+}
+
+/// Bytes of keys and values per token, over all layers.
+pub fn kv_bytes_per_token(config: &ModelConfig, dtype: DType) -> usize {
+    2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.size_in_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cache(tokens: usize) -> KvCache {
+        KvCache::new(&crate::testing::config(), tokens, DType::F32, &Device::Cpu).expect("a small cache fits")
+    }
+
+    #[test]
+    fn blocks_are_taken_whole_and_given_back() {
+        let mut cache = cache(3 * BLOCK_TOKENS);
+        let mut a = BlockTable::default();
+        assert!(cache.reserve(&mut a, BLOCK_TOKENS + 1));
+        assert_eq!((a.capacity(), cache.free_tokens()), (2 * BLOCK_TOKENS, BLOCK_TOKENS));
+        let mut b = BlockTable::default();
+        assert!(!cache.reserve(&mut b, BLOCK_TOKENS + 1), "only one block is free");
+        assert_eq!(cache.free_tokens(), BLOCK_TOKENS, "a refusal takes nothing");
+        cache.release(a);
+        assert!(cache.reserve(&mut b, 3 * BLOCK_TOKENS));
+    }
+
+    #[test]
+    fn growing_keeps_the_blocks_held() {
+        let mut cache = cache(4 * BLOCK_TOKENS);
+        let mut table = BlockTable::default();
+        assert!(cache.reserve(&mut table, 1));
+        let first = table.slot(0);
+        assert!(cache.reserve(&mut table, 2 * BLOCK_TOKENS));
+        assert_eq!(table.slot(0), first);
+        assert_ne!(
+            table.slot(BLOCK_TOKENS) / BLOCK_TOKENS as u32,
+            first / BLOCK_TOKENS as u32
+        );
+    }
+}

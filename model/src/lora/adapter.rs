@@ -1,0 +1,196 @@
+//! The low-rank factors and their forward pass.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+use candle_core::{DType, Device, Tensor, Var};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use super::{LinearKind, LoraConfig};
+use crate::{ModelConfig, ModelError};
+
+/// The factors of one linear layer, f32: `a` is `[r, in]`, `b` is `[out, r]`.
+#[derive(Debug, Clone)]
+pub(crate) struct LoraPair {
+    pub a: Tensor,
+    pub b: Tensor,
+}
+
+/// A LoRA adapter of one model.
+#[derive(Debug, Clone)]
+pub struct Adapter {
+    config: LoraConfig,
+    pairs: BTreeMap<(usize, LinearKind), LoraPair>,
+}
+
+impl Adapter {
+    /// A new adapter whose factors are variables: `a` uniform in ±1/sqrt(in), as PEFT's Kaiming initialisation with
+    /// a = √5, and `b` zero, so that it changes nothing before it is trained.
+    ///
+    /// # Errors
+    /// A rank of 0, or no memory.
+    pub fn init(model: &ModelConfig, config: LoraConfig, seed: u64, device: &Device) -> Result<Self, ModelError> {
+        if config.r == 0 {
+            return Err(ModelError::AdapterMismatch {
+                reason: "a rank of 0; it must be at least 1".to_owned(),
+            });
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut pairs = BTreeMap::new();
+        for layer in 0..model.num_hidden_layers {
+            for &kind in config.target_modules.kinds() {
+                let (out, input) = kind.shape(model);
+                let bound = 1.0 / (input as f32).sqrt();
+                let a: Vec<f32> = (0..config.r * input).map(|_| rng.random_range(-bound..bound)).collect();
+                let a = Var::from_tensor(&Tensor::from_vec(a, (config.r, input), device)?)?;
+                let b = Var::zeros((out, config.r), DType::F32, device)?;
+                let pair = LoraPair {
+                    a: a.as_tensor().clone(),
+                    b: b.as_tensor().clone(),
+                };
+                pairs.insert((layer, kind), pair);
+            }
+        }
+        Ok(Self { config, pairs })
+    }
+
+    pub(super) fn from_parts(config: LoraConfig, pairs: BTreeMap<(usize, LinearKind), LoraPair>) -> Self {
+        Self { config, pairs }
+    }
+
+    /// The settings.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// Every factor under PEFT's name for it, in the order of the names.
+    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+        let mut tensors = BTreeMap::new();
+        for ((layer, kind), pair) in &self.pairs {
+            tensors.insert(peft_name(*layer, *kind, 'A'), pair.a.clone());
+            tensors.insert(peft_name(*layer, *kind, 'B'), pair.b.clone());
+        }
+        tensors
+    }
+
+    /// The same adapter with every factor a variable, to be trained on.
+    ///
+    /// # Errors
+    /// No memory.
+    pub fn trainable(&self) -> Result<Self, ModelError> {
+        self.map(|t| Ok(Var::from_tensor(&t.detach())?.as_tensor().clone()))
+    }
+
+    /// The same values without a graph: for a forward pass that is not trained on.
+    ///
+    /// # Errors
+    /// None in practice; candle's signature.
+    pub fn frozen(&self) -> Result<Self, ModelError> {
+        self.map(|t| Ok(t.detach()))
+    }
+
+    fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor, ModelError>) -> Result<Self, ModelError> {
+        let pair = |p: &LoraPair| {
+            Ok::<_, ModelError>(LoraPair {
+                a: f(&p.a)?,
+                b: f(&p.b)?,
+            })
+        };
+        let pairs = self
+            .pairs
+            .iter()
+            .map(|(key, p)| Ok((*key, pair(p)?)))
+            .collect::<Result<_, ModelError>>()?;
+        Ok(Self {
+            config: self.config.clone(),
+            pairs,
+        })
+    }
+
+    pub(crate) fn pair(&self, layer: usize, kind: LinearKind) -> Option<&LoraPair> {
+        self.pairs.get(&(layer, kind))
+    }
+
+    /// `scale * B A`, `[out, in]` in f32: what merging adds to the weight.
+    pub(crate) fn delta(&self, layer: usize, kind: LinearKind) -> candle_core::Result<Option<Tensor>> {
+        match self.pair(layer, kind) {
+            Some(pair) => Ok(Some((pair.b.matmul(&pair.a)? * self.config.scale())?)),
+            None => Ok(None),
+        }
+    }
+
+    /// `scale * B A x`: the low-rank term alone, in the dtype of `x`; the factors stay f32.
+    ///
+    /// - `x`: `[t, in]`; returns `[t, out]`
+    pub(crate) fn low_rank(
+        &self,
+        pair: &LoraPair,
+        x: &Tensor,
+        dropout: Option<&Dropout>,
+    ) -> candle_core::Result<Tensor> {
+        let mut wide = x.to_dtype(DType::F32)?;
+        if let Some(dropout) = dropout {
+            wide = dropout.apply(&wide)?;
+        }
+        let low = crate::ops::linear(&wide, &pair.a, None)?; // [t, r]
+        let high = crate::ops::linear(&low, &pair.b, None)?; // [t, out]
+        (high * self.config.scale())?.to_dtype(x.dtype())
+    }
+}
+
+/// PEFT's name of a factor.
+pub(super) fn peft_name(layer: usize, kind: LinearKind, factor: char) -> String {
+    format!(
+        "base_model.model.model.layers.{layer}.{}.lora_{factor}.weight",
+        kind.path()
+    )
+}
+
+/// Drops inputs of the low-rank terms during training. Seeded for one forward pass, so that a resumed run drops
+/// the same ones.
+#[derive(Debug)]
+pub struct Dropout {
+    probability: f64,
+    rng: RefCell<ChaCha8Rng>,
+}
+
+impl Dropout {
+    /// Drops each input with `probability`; the others are scaled by `1 / (1 - probability)`.
+    pub fn new(probability: f64, seed: u64) -> Self {
+        Self {
+            probability,
+            rng: RefCell::new(ChaCha8Rng::seed_from_u64(seed)),
+        }
+    }
+
+    fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        if self.probability <= 0.0 {
+            return Ok(x.clone());
+        }
+        let keep = (1.0 / (1.0 - self.probability)) as f32;
+        // 32 random bits per element; below this threshold it is dropped.
+        let threshold = (self.probability * f64::from(u32::MAX)) as u32;
+        let mut rng = self.rng.borrow_mut();
+        let draw = |_| if rng.random::<u32>() < threshold { 0.0 } else { keep };
+        let mask: Vec<f32> = (0..x.elem_count()).map(draw).collect();
+        x * Tensor::from_vec(mask, x.shape(), x.device())?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dropout_drops_its_share_and_keeps_the_mean() -> candle_core::Result<()> {
+        let x = Tensor::ones((100, 100), DType::F32, &Device::Cpu)?;
+        let y = Dropout::new(0.25, 7).apply(&x)?.flatten_all()?.to_vec1::<f32>()?;
+        let dropped = y.iter().filter(|v| **v == 0.0).count();
+        assert!((2300..2700).contains(&dropped), "{dropped}");
+        assert!(y.iter().all(|v| *v == 0.0 || (*v - 4.0 / 3.0).abs() < 1e-6));
+        let again = Dropout::new(0.25, 7).apply(&x)?.flatten_all()?.to_vec1::<f32>()?;
+        assert_eq!(y, again, "the same seed drops the same inputs");
+        Ok(())
+    }
+}

@@ -1,0 +1,9 @@
+//! LoRA adapters: data that a forward pass takes, in PEFT's file format.
+
+mod adapter;
+mod config;
+mod file;
+
+pub(crate) use adapter::LoraPair;
+pub use adapter::{Adapter, Dropout};
+pub use config::{LinearKind, LoraConfig, TargetModules};

@@ -1,0 +1,195 @@
+//! The transformer: one network for every Llama-style model; what differs between them is data in the config.
+
+mod block;
+mod pass;
+mod rope_scaling;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::lora::{Adapter, Dropout, LinearKind};
+use crate::ops::{self, RopeTable};
+use crate::{KvCache, ModelConfig, ModelError, Weights};
+
+use block::Block;
+pub use pass::Segment;
+use pass::{Attention, Pass};
+
+/// A Llama-style decoder-only transformer.
+///
+/// Sequences lie packed one behind the other, without padding: a batch is `[tokens, hidden]`, whatever mixture of
+/// prefill and decode it holds, and a row's result does not depend on its neighbours.
+#[derive(Debug, Clone)]
+pub struct Llama {
+    config: ModelConfig,
+    embed_tokens: Tensor,
+    blocks: Vec<Block>,
+    norm: Tensor,
+    lm_head: Tensor,
+    rope: Arc<RopeTable>,
+}
+
+impl Llama {
+    /// Builds the network from weights under their Hugging Face names.
+    ///
+    /// # Errors
+    /// A tensor is missing, or its shape is not what the config says.
+    pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+        let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        let embed_tokens = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
+        let lm_head = match config.tie_word_embeddings {
+            true => embed_tokens.clone(),
+            false => weights.get("lm_head.weight", &[vocab, hidden])?,
+        };
+        let blocks = (0..config.num_hidden_layers)
+            .map(|i| Block::load(config, weights, i))
+            .collect::<Result<_, _>>()?;
+        let frequencies = rope_scaling::inverse_frequencies(config);
+        Ok(Self {
+            embed_tokens,
+            blocks,
+            norm: weights.get("model.norm.weight", &[hidden])?,
+            lm_head,
+            rope: Arc::new(RopeTable::new(&frequencies, config.max_position_embeddings)),
+            config: config.clone(),
+        })
+    }
+
+    /// The config that it was built from.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights lie.
+    pub fn device(&self) -> &Device {
+        self.embed_tokens.device()
+    }
+
+    /// The dtype of the weights.
+    pub fn dtype(&self) -> DType {
+        self.embed_tokens.dtype()
+    }
+
+    /// Runs every segment's new tokens on top of what the cache holds of its sequence, and adds them to the cache.
+    ///
+    /// Returns the logits after each segment's last token, `[segments, vocab]` in f32.
+    ///
+    /// # Errors
+    /// A position past the model's context, a block table too short, or the device failed.
+    pub fn forward(
+        &self,
+        segments: &[Segment],
+        cache: &mut KvCache,
+        adapter: Option<&Adapter>,
+    ) -> Result<Tensor, ModelError> {
+        let (tokens, positions) = self.pack(segments.iter().map(|s| (s.tokens, s.start)))?;
+        let rows = pass::cached_rows(segments)?;
+        let mut last = Vec::with_capacity(segments.len());
+        let mut end = 0;
+        for segment in segments {
+            end += segment.tokens.len() as u32;
+            last.push(end - 1);
+        }
+        let pass = Pass {
+            positions,
+            rope: &self.rope,
+            adapter,
+            dropout: None,
+            attention: Attention::Cached { cache, rows: &rows },
+        };
+        let hidden = self.hidden(&tokens, &pass)?;
+        self.logits(&hidden, &last)
+    }
+
+    /// Runs whole sequences without a cache, differentiably.
+    ///
+    /// - `sequences`: the tokens of each
+    /// - `wanted`: packed positions whose logits are wanted; the head is spent on no others
+    ///
+    /// Returns `[wanted, vocab]` in f32.
+    ///
+    /// # Errors
+    /// A sequence longer than the model's context, or the device failed.
+    pub fn forward_train(
+        &self,
+        sequences: &[&[u32]],
+        wanted: &[u32],
+        adapter: Option<&Adapter>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor, ModelError> {
+        let (tokens, positions) = self.pack(sequences.iter().map(|s| (*s, 0)))?;
+        let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
+        let pass = Pass {
+            positions,
+            rope: &self.rope,
+            adapter,
+            dropout,
+            attention: Attention::Packed(lengths),
+        };
+        let hidden = self.hidden(&tokens, &pass)?;
+        self.logits(&hidden, wanted)
+    }
+
+    /// The same network with the adapter's low-rank terms added to its weights.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn merged(&self, adapter: &Adapter) -> Result<Self, ModelError> {
+        let mut merged = self.clone();
+        for (layer, block) in merged.blocks.iter_mut().enumerate() {
+            for kind in LinearKind::ALL {
+                if let Some(delta) = adapter.delta(layer, kind)? {
+                    let weight = &mut block.linear_mut(kind).weight;
+                    *weight = (weight.to_dtype(DType::F32)? + delta)?
+                        .to_dtype(weight.dtype())?
+                        .detach();
+                }
+            }
+        }
+        Ok(merged)
+    }
+
+    /// All tokens of a batch one behind the other, and the position of each in its own sequence.
+    fn pack<'a>(
+        &self,
+        sequences: impl Iterator<Item = (&'a [u32], usize)>,
+    ) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
+        for (sequence, start) in sequences {
+            let end = start + sequence.len();
+            let max = self.rope.positions();
+            if end > max {
+                return Err(ModelError::PromptTooLong { got: end, max });
+            }
+            if let Some(&token) = sequence.iter().find(|&&t| t as usize >= self.config.vocab_size) {
+                return Err(ModelError::UnknownToken {
+                    token,
+                    vocab_size: self.config.vocab_size,
+                });
+            }
+            tokens.extend_from_slice(sequence);
+            positions.extend(start as u32..end as u32);
+        }
+        Ok((tokens, positions.into()))
+    }
+
+    /// Hidden states of every packed token, before the last norm, `[tokens, hidden]`.
+    fn hidden(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, ModelError> {
+        let tokens = Tensor::new(tokens, self.device())?;
+        let mut x = self.embed_tokens.index_select(&tokens, 0)?;
+        for (layer, block) in self.blocks.iter().enumerate() {
+            x = block.forward(&x, layer, pass)?;
+        }
+        Ok(x)
+    }
+
+    fn logits(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+        let rows = Tensor::new(rows, self.device())?;
+        let wanted = hidden.index_select(&rows, 0)?;
+        let normed = ops::rms_norm(&wanted, &self.norm, self.config.rms_norm_eps)?;
+        Ok(ops::linear(&normed, &self.lm_head, None)?.to_dtype(DType::F32)?)
+    }
+}

@@ -1,0 +1,123 @@
+//! One transformer block: attention and feed-forward, each behind a norm and around a residual.
+
+use candle_core::{Result, Tensor};
+
+use super::pass::{Attention, Pass};
+use crate::lora::LinearKind;
+use crate::ops::{self, AttentionShape};
+use crate::{ModelConfig, ModelError, Weights};
+
+/// A linear layer's weight `[out, in]` and bias `[out]`.
+#[derive(Debug, Clone)]
+pub(super) struct Linear {
+    pub weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+#[derive(Debug, Clone)]
+pub(super) struct Block {
+    /// In the order of [`LinearKind::ALL`].
+    linears: [Linear; 7],
+    input_norm: Tensor,
+    post_attention_norm: Tensor,
+    /// Norms over each head of queries and keys, where the model has them (Qwen3).
+    qk_norms: Option<(Tensor, Tensor)>,
+    shape: AttentionShape,
+    eps: f64,
+}
+
+impl Block {
+    pub fn load(config: &ModelConfig, weights: &Weights, layer: usize) -> std::result::Result<Self, ModelError> {
+        let at = |name: &str| format!("model.layers.{layer}.{name}.weight");
+        let linear = |kind: LinearKind| {
+            let (out, input) = kind.shape(config);
+            let has_bias =
+                config.attention_bias && matches!(kind, LinearKind::QProj | LinearKind::KProj | LinearKind::VProj);
+            let bias = format!("model.layers.{layer}.{}.bias", kind.path());
+            Ok::<_, ModelError>(Linear {
+                weight: weights.get(&at(&kind.path()), &[out, input])?,
+                bias: has_bias.then(|| weights.get(&bias, &[out])).transpose()?,
+            })
+        };
+        let [q, k, v, o, gate, up, down] = LinearKind::ALL.map(linear);
+        let norm = |name: &str, width| weights.get(&at(name), &[width]);
+        let qk_norms = match config.qk_norm {
+            true => Some((
+                norm("self_attn.q_norm", config.head_dim)?,
+                norm("self_attn.k_norm", config.head_dim)?,
+            )),
+            false => None,
+        };
+        Ok(Self {
+            linears: [q?, k?, v?, o?, gate?, up?, down?],
+            input_norm: norm("input_layernorm", config.hidden_size)?,
+            post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
+            qk_norms,
+            shape: AttentionShape {
+                heads: config.num_attention_heads,
+                kv_heads: config.num_key_value_heads,
+                head_dim: config.head_dim,
+                window: config.sliding_window,
+            },
+            eps: config.rms_norm_eps,
+        })
+    }
+
+    pub fn linear_mut(&mut self, kind: LinearKind) -> &mut Linear {
+        &mut self.linears[kind as usize]
+    }
+
+    /// - `x`: `[tokens, hidden]`; returns the same shape
+    pub fn forward(&self, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
+        let normed = ops::rms_norm(x, &self.input_norm, self.eps)?;
+        let x = (x + self.attention(&normed, layer, pass)?)?;
+        let normed = ops::rms_norm(&x, &self.post_attention_norm, self.eps)?;
+        let gate = self.linear(LinearKind::GateProj, &normed, layer, pass)?;
+        let up = self.linear(LinearKind::UpProj, &normed, layer, pass)?;
+        let down = self.linear(LinearKind::DownProj, &ops::swiglu(&gate, &up)?, layer, pass)?;
+        x + down
+    }
+
+    fn attention(&self, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
+        let shape = self.shape;
+        let q = self.heads(LinearKind::QProj, x, layer, pass)?;
+        let k = self.heads(LinearKind::KProj, x, layer, pass)?;
+        let v = self.linear(LinearKind::VProj, x, layer, pass)?;
+        let mixed = match &pass.attention {
+            Attention::Packed(lengths) => ops::packed_attention(&q, &k, &v, lengths, shape)?,
+            Attention::Cached { cache, rows } => {
+                let (keys, values) = (&cache.keys[layer], &cache.values[layer]);
+                let slots: Vec<u32> = rows.iter().flat_map(|r| r.slots[r.start..].iter().copied()).collect();
+                ops::write_rows(keys, &k, &slots)?;
+                ops::write_rows(values, &v, &slots)?;
+                ops::paged_attention(&q, keys, values, rows, shape)?
+            }
+        };
+        self.linear(LinearKind::OProj, &mixed, layer, pass)
+    }
+
+    /// Queries or keys with their positions turned in, `[tokens, heads * head_dim]`.
+    fn heads(&self, kind: LinearKind, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
+        let is_query = kind == LinearKind::QProj;
+        let heads = if is_query {
+            self.shape.heads
+        } else {
+            self.shape.kv_heads
+        };
+        let flat = self.linear(kind, x, layer, pass)?;
+        let mut split = flat.reshape((x.dim(0)?, heads, self.shape.head_dim))?;
+        if let Some((q_norm, k_norm)) = &self.qk_norms {
+            split = ops::rms_norm(&split, if is_query { q_norm } else { k_norm }, self.eps)?;
+        }
+        ops::rope(&split, &pass.positions, pass.rope)?.reshape(flat.shape())
+    }
+
+    fn linear(&self, kind: LinearKind, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
+        let linear = &self.linears[kind as usize];
+        let base = ops::linear(x, &linear.weight, linear.bias.as_ref())?;
+        let Some((adapter, pair)) = pass.adapter.and_then(|a| Some((a, a.pair(layer, kind)?))) else {
+            return Ok(base);
+        };
+        base + adapter.low_rank(pair, x, pass.dropout)?
+    }
+}

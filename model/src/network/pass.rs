@@ -1,0 +1,53 @@
+//! What the layers of one forward pass share.
+
+use std::sync::Arc;
+
+use crate::lora::{Adapter, Dropout};
+use crate::ops::{CachedRow, RopeTable};
+use crate::{BlockTable, KvCache, ModelError};
+
+/// New tokens of one sequence in a forward pass.
+#[derive(Debug, Clone, Copy)]
+pub struct Segment<'a> {
+    /// The tokens: a prompt, a part of one, or the last token sampled.
+    pub tokens: &'a [u32],
+    /// How many tokens of the sequence the cache already holds.
+    pub start: usize,
+    /// The sequence's blocks, with room for `start + tokens.len()`.
+    pub table: &'a BlockTable,
+}
+
+/// Where a pass finds keys and values.
+pub(super) enum Attention<'a> {
+    /// Each sequence is whole in this pass; its length in tokens.
+    Packed(Arc<[usize]>),
+    /// Earlier tokens are in the cache, and the new ones go there.
+    Cached { cache: &'a KvCache, rows: &'a [CachedRow] },
+}
+
+/// Everything besides the hidden states that a layer needs.
+pub(super) struct Pass<'a> {
+    /// Position of every packed token in its sequence.
+    pub positions: Arc<[u32]>,
+    pub rope: &'a Arc<RopeTable>,
+    pub adapter: Option<&'a Adapter>,
+    pub dropout: Option<&'a Dropout>,
+    pub attention: Attention<'a>,
+}
+
+/// The cache rows of every segment's positions.
+pub(super) fn cached_rows(segments: &[Segment]) -> Result<Vec<CachedRow>, ModelError> {
+    let row = |segment: &Segment| {
+        let end = segment.start + segment.tokens.len();
+        if segment.tokens.is_empty() || segment.table.capacity() < end {
+            let capacity = segment.table.capacity();
+            return Err(ModelError::BlockTableTooShort { needed: end, capacity });
+        }
+        Ok(CachedRow {
+            queries: segment.tokens.len(),
+            start: segment.start,
+            slots: (0..end).map(|p| segment.table.slot(p)).collect(),
+        })
+    };
+    segments.iter().map(row).collect()
+}

@@ -1,0 +1,155 @@
+//! What must hold of the network whatever its weights: independence of rows, of chunks, and of merging.
+
+use candle_core::{DType, Device, Tensor};
+
+use crate::ops::testing::assert_close;
+use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, Segment, TargetModules, cross_entropy};
+
+const PROMPTS: [&[u32]; 3] = [&[3, 9, 4, 1, 7, 8, 20, 21, 22, 23, 5], &[6], &[30, 31, 32]];
+
+fn network() -> anyhow::Result<Llama> {
+    crate::testing::network(&crate::testing::config())
+}
+
+fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
+    let config = LoraConfig {
+        target_modules: "all-linear".parse::<TargetModules>().expect("known"),
+        ..Default::default()
+    };
+    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
+    // B is zero at the start: give it values, or nothing is tested.
+    for (name, tensor) in adapter.tensors() {
+        if name.contains("lora_B") {
+            let values = crate::ops::testing::random(tensor.dims(), name.len() as u64)?;
+            tensor.slice_set(&(values * 0.2)?, 0, 0)?;
+        }
+    }
+    Ok(adapter)
+}
+
+/// Logits after every prefix end given by `chunks`, each chunk one forward pass; the last chunk's are returned.
+fn run(llama: &Llama, prompts: &[&[u32]], chunk: usize, adapter: Option<&Adapter>) -> anyhow::Result<Vec<Tensor>> {
+    let mut cache = KvCache::new(llama.config(), 256, DType::F32, &Device::Cpu)?;
+    let mut tables = vec![BlockTable::default(); prompts.len()];
+    for (table, prompt) in tables.iter_mut().zip(prompts) {
+        assert!(cache.reserve(table, prompt.len()));
+    }
+    let mut done = vec![0; prompts.len()];
+    let mut last = vec![None; prompts.len()];
+    while done.iter().zip(prompts).any(|(d, p)| *d < p.len()) {
+        let mut segments = Vec::new();
+        let mut who = Vec::new();
+        for i in (0..prompts.len()).filter(|&i| done[i] < prompts[i].len()) {
+            let end = (done[i] + chunk).min(prompts[i].len());
+            segments.push(Segment {
+                tokens: &prompts[i][done[i]..end],
+                start: done[i],
+                table: &tables[i],
+            });
+            who.push((i, end));
+        }
+        let logits = llama.forward(&segments, &mut cache, adapter)?;
+        for (row, (i, end)) in who.into_iter().enumerate() {
+            done[i] = end;
+            last[i] = Some(logits.get(row)?);
+        }
+    }
+    Ok(last.into_iter().flatten().collect())
+}
+
+#[test]
+fn a_packed_batch_gives_what_each_row_gives_alone() -> anyhow::Result<()> {
+    let llama = network()?;
+    let together = run(&llama, &PROMPTS, 100, None)?;
+    for (prompt, got) in PROMPTS.iter().zip(&together) {
+        assert_close(got, &run(&llama, &[prompt], 100, None)?[0], 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn prefill_in_chunks_gives_what_prefill_in_one_gives() -> anyhow::Result<()> {
+    let llama = network()?;
+    let whole = run(&llama, &PROMPTS, 100, None)?;
+    for chunk in [1, 2, 9] {
+        for (got, want) in run(&llama, &PROMPTS, chunk, None)?.iter().zip(&whole) {
+            assert_close(got, want, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_training_pass_gives_the_logits_of_the_cached_one() -> anyhow::Result<()> {
+    let llama = network()?;
+    let got = llama.forward_train(&PROMPTS, &[10, 11, 14], None, None)?;
+    for (row, want) in run(&llama, &PROMPTS, 100, None)?.iter().enumerate() {
+        assert_close(&got.get(row)?, want, 1e-5)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn merged_equals_unmerged_and_both_differ_from_the_base() -> anyhow::Result<()> {
+    let llama = network()?;
+    let adapter = adapter(&llama)?;
+    let base = run(&llama, &PROMPTS, 100, None)?;
+    let unmerged = run(&llama, &PROMPTS, 100, Some(&adapter))?;
+    let merged = run(&llama.merged(&adapter)?, &PROMPTS, 100, None)?;
+    for ((base, got), want) in base.iter().zip(&unmerged).zip(&merged) {
+        assert_close(got, want, 1e-4)?;
+        let moved = (got - base)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(moved > 1e-2, "the adapter changes nothing: {moved}");
+    }
+    Ok(())
+}
+
+#[test]
+fn every_lora_tensor_gets_a_gradient_and_no_frozen_weight_does() -> anyhow::Result<()> {
+    let llama = network()?;
+    let adapter = adapter(&llama)?;
+    let logits = llama.forward_train(&PROMPTS, &[10, 11, 14], Some(&adapter), None)?;
+    let grads = cross_entropy(&logits, &[1, 2, 3], 3.0)?.backward()?;
+    for (name, tensor) in adapter.tensors() {
+        let grad = grads.get(&tensor).unwrap_or_else(|| panic!("{name} has no gradient"));
+        let size = grad.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(size > 0.0 && size.is_finite(), "{name}: gradient {size}");
+    }
+    assert!(grads.get(&llama.embed_tokens).is_none());
+    Ok(())
+}
+
+#[test]
+fn an_adapter_reads_back_as_it_was_saved() -> anyhow::Result<()> {
+    let llama = network()?;
+    let adapter = adapter(&llama)?;
+    let dir = tempfile::tempdir()?;
+    adapter.save(dir.path(), "tiny")?;
+    let back = Adapter::load(dir.path(), llama.config(), &Device::Cpu)?;
+    assert_eq!(back.config(), adapter.config());
+    for ((name, want), (back_name, got)) in adapter.tensors().iter().zip(&back.tensors()) {
+        assert_eq!(name, back_name);
+        assert_close(got, want, 0.0)?;
+    }
+    let other = crate::ModelConfig {
+        num_hidden_layers: 3,
+        ..llama.config().clone()
+    };
+    let err = Adapter::load(dir.path(), &other, &Device::Cpu)
+        .expect_err("two layers, not three")
+        .to_string();
+    assert!(err.contains("layers.2") && err.contains("another model"), "{err}");
+    Ok(())
+}
+
+#[test]
+fn positions_past_the_context_are_refused() -> anyhow::Result<()> {
+    let llama = network()?;
+    let long = vec![1u32; llama.config().max_position_embeddings + 1];
+    let err = llama
+        .forward_train(&[&long], &[0], None, None)
+        .expect_err("too long")
+        .to_string();
+    assert!(err.contains("65 tokens") && err.contains("at most 64"), "{err}");
+    Ok(())
+}

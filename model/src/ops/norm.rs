@@ -1,0 +1,100 @@
+//! Root-mean-square normalisation.
+
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
+
+use super::{floats, has_kernel, to_floats, vector};
+
+/// `x / sqrt(mean(x²) + eps) * w` over the last dimension, computed in f32.
+///
+/// - `x`: `[.., h]`; `w`: `[h]`
+pub(crate) fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    if !has_kernel(x) {
+        return rms_norm_stock(x, w, eps);
+    }
+    let x = x.contiguous()?;
+    let op = RmsNorm { eps: eps as f32 };
+    if x.track_op() || w.track_op() {
+        x.apply_op2(w, op)
+    } else {
+        x.apply_op2_no_bwd(w, &op)
+    }
+}
+
+fn rms_norm_stock(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
+    let wide = x.to_dtype(DType::F32)?;
+    let mean = wide.sqr()?.mean_keepdim(candle_core::D::Minus1)?;
+    let unit = wide.broadcast_div(&(mean + eps)?.sqrt()?)?;
+    unit.to_dtype(x.dtype())?.broadcast_mul(w)
+}
+
+struct RmsNorm {
+    eps: f32,
+}
+
+impl RmsNorm {
+    fn inverse_rms(&self, row: &[f32]) -> f32 {
+        1.0 / (vector::dot(row, row) / row.len() as f32 + self.eps).sqrt()
+    }
+}
+
+impl CustomOp2 for RmsNorm {
+    fn name(&self) -> &'static str {
+        "rms-norm"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, w: &CpuStorage, lw: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, w) = (floats(x, lx, self.name())?, floats(w, lw, self.name())?);
+        let mut out = vec![0f32; x.len()];
+        for (row, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
+            let inverse = self.inverse_rms(row);
+            for ((o, x), w) in out.iter_mut().zip(row).zip(w) {
+                *o = x * inverse * w;
+            }
+        }
+        Ok((CpuStorage::F32(out), lx.shape().clone()))
+    }
+
+    // With u = x / rms and g the gradient: dw = Σ g u, dx = (g w - u mean(g w u)) / rms.
+    fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (shape, device) = (x.shape(), x.device());
+        let (x, scale, grad) = (to_floats(x)?, to_floats(w)?, to_floats(grad)?);
+        let h = scale.len();
+        let mut dx = vec![0f32; x.len()];
+        let mut dw = vec![0f32; h];
+        let rows = x.chunks_exact(h).zip(grad.chunks_exact(h)).zip(dx.chunks_exact_mut(h));
+        for ((x, g), dx) in rows {
+            let inverse = self.inverse_rms(x);
+            for i in 0..h {
+                dx[i] = g[i] * scale[i];
+                dw[i] += g[i] * x[i] * inverse;
+            }
+            let along = vector::dot(dx, x) * inverse * inverse / h as f32;
+            for i in 0..h {
+                dx[i] = (dx[i] - x[i] * along) * inverse;
+            }
+        }
+        let dw = if w.track_op() {
+            Some(Tensor::from_vec(dw, h, device)?)
+        } else {
+            None
+        };
+        Ok((Some(Tensor::from_vec(dx, shape, device)?), dw))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{assert_same_op, random};
+    use super::*;
+
+    #[test]
+    fn kernel_equals_the_composition() -> Result<()> {
+        let inputs = [random(&[5, 3, 12], 1)?, random(&[12], 2)?];
+        assert_same_op(
+            &inputs,
+            |t| rms_norm(&t[0], &t[1], 1e-5),
+            |t| rms_norm_stock(&t[0], &t[1], 1e-5),
+            1e-5,
+        )
+    }
+}

@@ -1,0 +1,63 @@
+//! What the tests of this crate share.
+
+use std::collections::HashMap;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::config::RopeScaling;
+use crate::{Llama, ModelConfig, Weights};
+
+/// A very small Llama with grouped heads.
+pub fn config() -> ModelConfig {
+    ModelConfig {
+        model_type: "llama".to_owned(),
+        vocab_size: 50,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        max_position_embeddings: 64,
+        tie_word_embeddings: true,
+        attention_bias: false,
+        qk_norm: false,
+        sliding_window: None,
+        bos_token_id: Some(0),
+        eos_token_ids: vec![1],
+        dtype: Some("float32".to_owned()),
+    }
+}
+
+/// Random weights for [`config`].
+pub fn network(config: &ModelConfig) -> anyhow::Result<Llama> {
+    let random = |shape: &[usize], seed| -> Result<Tensor> { crate::ops::testing::random(shape, seed)? * 0.4 };
+    let mut tensors = HashMap::new();
+    let h = config.hidden_size;
+    tensors.insert(
+        "model.embed_tokens.weight".to_owned(),
+        random(&[config.vocab_size, h], 1)?,
+    );
+    tensors.insert(
+        "model.norm.weight".to_owned(),
+        Tensor::ones(h, DType::F32, &Device::Cpu)?,
+    );
+    for layer in 0..config.num_hidden_layers {
+        for (i, kind) in crate::LinearKind::ALL.into_iter().enumerate() {
+            let (out, input) = kind.shape(config);
+            let name = format!("model.layers.{layer}.{}.weight", kind.path());
+            tensors.insert(name, random(&[out, input], (100 * layer + i) as u64)?);
+        }
+        for norm in ["input_layernorm", "post_attention_layernorm"] {
+            let name = format!("model.layers.{layer}.{norm}.weight");
+            tensors.insert(name, Tensor::ones(h, DType::F32, &Device::Cpu)?);
+        }
+    }
+    Ok(Llama::new(
+        config,
+        &Weights::from_tensors(tensors, DType::F32, &Device::Cpu),
+    )?)
+}
