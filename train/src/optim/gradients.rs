@@ -1,0 +1,78 @@
+//! Gradients by parameter name, summed over micro-batches.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Result, Tensor};
+
+/// Gradients of one optimiser step, in f32.
+#[derive(Debug, Default)]
+pub struct Gradients(BTreeMap<String, Tensor>);
+
+impl Gradients {
+    /// Adds a micro-batch's gradients of `parameters`.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn add(&mut self, parameters: &BTreeMap<String, Tensor>, grads: &GradStore) -> Result<()> {
+        for (name, parameter) in parameters {
+            let Some(grad) = grads.get(parameter) else { continue };
+            let grad = grad.to_dtype(DType::F32)?.detach();
+            let sum = match self.0.get(name) {
+                Some(before) => (before + grad)?,
+                None => grad,
+            };
+            self.0.insert(name.clone(), sum);
+        }
+        Ok(())
+    }
+
+    /// The gradient of a parameter; `None` where nothing reached it.
+    pub fn get(&self, name: &str) -> Option<&Tensor> {
+        self.0.get(name)
+    }
+
+    /// Scales all gradients so that their joint norm is at most `max_norm`, as `torch.nn.utils.clip_grad_norm_`
+    /// does; 0 only measures.
+    ///
+    /// Returns the norm before.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn clip(&mut self, max_norm: f64) -> Result<f64> {
+        let mut squares = 0f64;
+        for grad in self.0.values() {
+            squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        }
+        let norm = squares.sqrt();
+        let scale = max_norm / (norm + 1e-6);
+        if max_norm > 0.0 && scale < 1.0 {
+            for grad in self.0.values_mut() {
+                *grad = (&*grad * scale)?;
+            }
+        }
+        Ok(norm)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Var};
+
+    #[test]
+    fn clipping_bounds_the_joint_norm() -> Result<()> {
+        let var = Var::from_tensor(&Tensor::new(&[3f32, 4.], &Device::Cpu)?)?;
+        let parameters = BTreeMap::from([("w".to_owned(), var.as_tensor().clone())]);
+        let mut grads = Gradients::default();
+        // The gradient of Σ w² / 2 is w, twice: (6, 8), norm 10.
+        for _ in 0..2 {
+            grads.add(&parameters, &(var.sqr()?.sum_all()? * 0.5)?.backward()?)?;
+        }
+        assert_eq!(grads.clip(0.0)?, 10.0);
+        assert_eq!(grads.clip(5.0)?, 10.0);
+        let clipped = grads.get("w").expect("it has one").to_vec1::<f32>()?;
+        assert!((clipped[0] - 3.0).abs() < 1e-5 && (clipped[1] - 4.0).abs() < 1e-5, "{clipped:?}");
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! Makes the bundled model from a seed: its tokenizer, its weights, its model folder.
+
+mod folder;
+mod init;
+mod packing;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use candle_core::{DType, Device, Tensor};
+use lengthwise_model::{Llama, ModelConfig, ModelError, RopeScaling, Weights, cross_entropy};
+
+use crate::language::{Split, examples};
+use crate::language_tokenizer::{self, TrainTokenizerError};
+use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate, Muon, MuonConfig, Schedule};
+
+use packing::{Packer, PackedExamples};
+
+/// How the bundled model is made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PretrainConfig {
+    /// Everything random comes from it.
+    pub seed: u64,
+    /// Optimiser steps.
+    pub steps: usize,
+    /// Tokens of a step's batch, instructions counted.
+    pub batch_tokens: usize,
+    /// Peak learning rate of the matrices (Muon).
+    pub matrix_learning_rate: f64,
+    /// Peak learning rate of everything else (AdamW).
+    pub learning_rate: f64,
+    /// Width of the hidden states; a multiple of 32, the width of a head.
+    pub hidden_size: usize,
+    /// Transformer blocks.
+    pub layers: usize,
+}
+
+impl Default for PretrainConfig {
+    fn default() -> Self {
+        Self {
+            seed: 0,
+            steps: 2600,
+            batch_tokens: 4096,
+            matrix_learning_rate: 8e-3,
+            learning_rate: 4e-3,
+            hidden_size: 128,
+            layers: 5,
+        }
+    }
+}
+
+/// Steps of linear warm-up.
+const WARMUP_STEPS: usize = 100;
+/// Largest joint norm of a step's gradients.
+const MAX_GRAD_NORM: f64 = 1.0;
+/// Examples of each family that the tokenizer is trained on.
+const TOKENIZER_EXAMPLES: usize = 300;
+/// Parts of a batch that run side by side.
+const SHARDS: usize = 2;
+/// Longest prompt and answer together.
+const MAX_POSITIONS: usize = 1024;
+
+/// How far a run is.
+#[derive(Debug, Clone, Copy)]
+pub struct PretrainProgress {
+    /// Steps done.
+    pub step: usize,
+    /// Mean loss of this step's answer tokens, in nats.
+    pub loss: f64,
+    /// Tokens of this step's batch.
+    pub tokens: usize,
+}
+
+/// Why no model was made.
+#[derive(Debug, thiserror::Error)]
+pub enum PretrainError {
+    /// The tokenizer could not be trained.
+    #[error(transparent)]
+    Tokenizer(#[from] TrainTokenizerError),
+    /// A text could not be encoded.
+    #[error("the tokenizer failed: {0}")]
+    Encode(tokenizers::Error),
+    /// The network failed.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The loss is not a number any more.
+    #[error("the loss is {loss} at step {step}: lower the learning rate")]
+    Diverged {
+        /// Steps done.
+        step: usize,
+        /// The loss.
+        loss: f64,
+    },
+    /// The folder cannot be written.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+impl From<candle_core::Error> for PretrainError {
+    fn from(err: candle_core::Error) -> Self {
+        Self::Model(err.into())
+    }
+}
+
+/// Trains the model and writes its folder in Hugging Face layout.
+///
+/// # Errors
+/// The loss diverged, or the folder cannot be written.
+pub fn pretrain(
+    config: &PretrainConfig,
+    output: &Path,
+    progress: &mut dyn FnMut(PretrainProgress),
+) -> Result<(), PretrainError> {
+    let corpus = language_tokenizer::corpus(config.seed, TOKENIZER_EXAMPLES);
+    let tokenizer = language_tokenizer::train_tokenizer(&corpus, language_tokenizer::VOCAB_SIZE)?;
+    let model = model_config(config);
+    let parameters = init::parameters(&model, config.seed)?;
+    let tensors: HashMap<String, Tensor> = parameters.clone().into_iter().collect();
+    let llama = Llama::new(&model, &Weights::from_tensors(tensors, DType::F32, &Device::Cpu))?;
+    let mut optimisers = Optimisers::new(&parameters, config)?;
+    let mut packer = Packer::new(&tokenizer, config.batch_tokens / SHARDS);
+    let mut chunk = 0;
+    for step in 0..config.steps {
+        let mut batch = Vec::with_capacity(SHARDS);
+        while batch.len() < SHARDS {
+            match packer.take() {
+                Some(shard) => batch.push(shard),
+                None => {
+                    chunk += 1;
+                    // Fresh examples for ever: chunk 0 would be the tokenizer's seed.
+                    packer.fill(&examples(Split::Train, config.seed.wrapping_add(chunk << 20), 256))?;
+                }
+            }
+        }
+        let loss = optimisers.step(&llama, &parameters, &batch, step)?;
+        if !loss.is_finite() {
+            return Err(PretrainError::Diverged { step, loss });
+        }
+        progress(PretrainProgress { step: step + 1, loss, tokens: batch.iter().map(PackedExamples::tokens).sum() });
+    }
+    folder::write(output, &model, &tokenizer, &parameters)
+}
+
+/// The two optimisers of a run: Muon for the blocks' matrices, AdamW for embeddings and norms.
+struct Optimisers {
+    muon: Muon,
+    adamw: AdamW,
+    matrix_rate: LearningRate,
+    rate: LearningRate,
+}
+
+impl Optimisers {
+    fn new(parameters: &BTreeMap<String, Tensor>, config: &PretrainConfig) -> Result<Self, PretrainError> {
+        let is_matrix = |name: &str, p: &Tensor| p.rank() == 2 && name != init::EMBEDDING;
+        let (matrices, rest) = parameters.clone().into_iter().partition(|(name, p)| is_matrix(name, p));
+        let rate = |peak| LearningRate {
+            peak,
+            warmup_steps: WARMUP_STEPS,
+            total_steps: config.steps,
+            schedule: Schedule::Linear,
+        };
+        Ok(Self {
+            muon: Muon::new(matrices, MuonConfig::default())?,
+            adamw: AdamW::new(rest, AdamWConfig { beta2: 0.95, ..AdamWConfig::default() })?,
+            matrix_rate: rate(config.matrix_learning_rate),
+            rate: rate(config.learning_rate),
+        })
+    }
+
+    /// One optimiser step; returns the batch's loss before it.
+    fn step(
+        &mut self,
+        llama: &Llama,
+        parameters: &BTreeMap<String, Tensor>,
+        batch: &[PackedExamples],
+        step: usize,
+    ) -> Result<f64, PretrainError> {
+        let (loss, mut grads) = gradients(llama, parameters, batch)?;
+        grads.clip(MAX_GRAD_NORM)?;
+        self.muon.step(&grads, self.matrix_rate.at(step))?;
+        self.adamw.step(&grads, self.rate.at(step))?;
+        Ok(loss)
+    }
+}
+
+/// Loss and gradients of a batch. Its shards run side by side, a thread each: candle's element-wise ops use one core.
+/// Their number is fixed, so that the sums, and with them the model, do not depend on the machine's cores.
+fn gradients(
+    llama: &Llama,
+    parameters: &BTreeMap<String, Tensor>,
+    batch: &[PackedExamples],
+) -> Result<(f64, Gradients), PretrainError> {
+    let targets: usize = batch.iter().map(|shard| shard.targets.len()).sum();
+    let shard = &|shard: &PackedExamples| -> Result<_, PretrainError> {
+        let logits = llama.forward_train(&shard.sequences(), &shard.positions, None, None)?;
+        let loss = cross_entropy(&logits, &shard.targets, targets as f64)?;
+        Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
+    };
+    let results: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = batch.iter().map(|part| scope.spawn(move || shard(part))).collect();
+        threads.into_iter().map(|t| t.join().expect("a shard does not panic")).collect()
+    });
+    let (mut loss, mut grads) = (0.0, Gradients::default());
+    for result in results {
+        let (part, store) = result?;
+        loss += part;
+        grads.add(parameters, &store)?;
+    }
+    Ok((loss, grads))
+}
+
+/// The config.json of the bundled model.
+fn model_config(config: &PretrainConfig) -> ModelConfig {
+    ModelConfig {
+        model_type: "llama".to_owned(),
+        vocab_size: language_tokenizer::VOCAB_SIZE,
+        hidden_size: config.hidden_size,
+        // 8/3 of the width, as Llama, in multiples of 32.
+        intermediate_size: (config.hidden_size * 8 / 3).div_ceil(32) * 32,
+        num_hidden_layers: config.layers,
+        num_attention_heads: config.hidden_size / 32,
+        num_key_value_heads: config.hidden_size / 32,
+        head_dim: 32,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        max_position_embeddings: MAX_POSITIONS,
+        tie_word_embeddings: true,
+        attention_bias: false,
+        qk_norm: false,
+        sliding_window: None,
+        bos_token_id: Some(0),
+        eos_token_ids: vec![1],
+        dtype: Some("float16".to_owned()),
+    }
+}
