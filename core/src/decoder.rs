@@ -42,7 +42,9 @@ pub enum DecodeError {
         id: RequestId,
     },
     /// A sequence does not fit the KV cache even alone.
-    #[error("request {id} needs {needed} tokens of KV cache, there are {capacity}: raise the KV budget or lower max_new_tokens")]
+    #[error(
+        "request {id} needs {needed} tokens of KV cache, there are {capacity}: raise the KV budget or lower max_new_tokens"
+    )]
     CacheTooSmall {
         /// Whose request.
         id: RequestId,

@@ -87,10 +87,7 @@ pub trait LengthPredictor: Send {
     ///
     /// # Errors
     /// The outer error is one of the whole batch: the model's forward pass failed.
-    fn predict(
-        &mut self,
-        inputs: &[PredictInput],
-    ) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError>;
+    fn predict(&mut self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError>;
 }
 
 /// Why a length could not be predicted.
@@ -155,8 +152,14 @@ mod tests {
     fn quantiles_are_interpolated() {
         let estimate = LengthEstimate {
             quantiles: vec![
-                Quantile { probability: 0.1, tokens: 10 },
-                Quantile { probability: 0.9, tokens: 90 },
+                Quantile {
+                    probability: 0.1,
+                    tokens: 10,
+                },
+                Quantile {
+                    probability: 0.9,
+                    tokens: 90,
+                },
             ],
             ..LengthEstimate::of(100)
         };
@@ -169,7 +172,10 @@ mod tests {
     #[test]
     fn a_cap_holds_for_every_part() {
         let estimate = LengthEstimate {
-            quantiles: vec![Quantile { probability: 0.5, tokens: 80 }],
+            quantiles: vec![Quantile {
+                probability: 0.5,
+                tokens: 80,
+            }],
             ..LengthEstimate::of(100)
         };
         let capped = estimate.capped(64);

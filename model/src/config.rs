@@ -140,7 +140,7 @@ impl ModelConfig {
                 path: generation,
                 reason: err.to_string(),
             })?;
-            if let Some(Ok(eos)) = value.get("eos_token_id").map(|v| Eos::deserialize(v)) {
+            if let Some(Ok(eos)) = value.get("eos_token_id").map(Eos::deserialize) {
                 config.eos_token_ids.extend(eos.ids());
                 config.eos_token_ids.sort_unstable();
                 config.eos_token_ids.dedup();
@@ -225,11 +225,11 @@ impl ModelConfig {
             });
         }
         let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
-        if heads % kv != 0 {
+        if !heads.is_multiple_of(kv) {
             let reason = format!("{heads} attention heads cannot share {kv} key/value heads");
             return Err(ModelError::BadConfig { reason });
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(ModelError::BadConfig {
                 reason: format!("head_dim is {}, it must be even", self.head_dim),
             });

@@ -23,11 +23,14 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Te
     }
 }
 
+/// Batch, rows, columns and inner size of a product, as candle's backends take them.
+type ProductSizes = (usize, usize, usize, usize);
+
 struct Frozen;
 
 impl Frozen {
-    /// Batch, rows, columns and inner size of the product, and the layout of `wᵀ`.
-    fn sizes(x: &Layout, w: &Layout) -> Result<((usize, usize, usize, usize), Layout, Shape)> {
+    /// The product's sizes, the layout of `wᵀ` and the shape of the result.
+    fn sizes(x: &Layout, w: &Layout) -> Result<(ProductSizes, Layout, Shape)> {
         let (rows, inner) = x.shape().dims2()?;
         let (columns, w_inner) = w.shape().dims2()?;
         if inner != w_inner {
