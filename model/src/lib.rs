@@ -6,6 +6,10 @@ mod kv_cache;
 mod lora;
 mod network;
 mod ops;
+mod sampling;
+mod source;
+mod template;
+mod tokenizer;
 mod weights;
 
 #[cfg(test)]
@@ -17,4 +21,8 @@ pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token};
 pub use lora::{Adapter, Dropout, LinearKind, LoraConfig, TargetModules};
 pub use network::{Llama, Segment};
 pub use ops::cross_entropy;
+pub use sampling::Sampler;
+pub use source::{DTypeChoice, LoadedModel, TINY};
+pub use template::PromptTemplate;
+pub use tokenizer::ModelTokenizer;
 pub use weights::Weights;

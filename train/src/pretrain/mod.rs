@@ -39,9 +39,9 @@ impl Default for PretrainConfig {
     fn default() -> Self {
         Self {
             seed: 0,
-            steps: 2600,
-            batch_tokens: 4096,
-            matrix_learning_rate: 8e-3,
+            steps: 3000,
+            batch_tokens: 2560,
+            matrix_learning_rate: 1.5e-2,
             learning_rate: 4e-3,
             hidden_size: 128,
             layers: 5,
