@@ -92,10 +92,31 @@ impl PromptTemplate {
     /// # Errors
     /// The template refuses the conversation, or the tokenizer failed.
     pub fn encode(&self, tokenizer: &ModelTokenizer, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
-        let text = self.render(&prompt.messages())?;
+        self.encode_text(tokenizer, &self.render(&prompt.messages())?)
+    }
+
+    /// The tokens of the prompt with the assistant's answer behind it, without the token that ends it. A space stands
+    /// between the two where the template's text does not end in white space (Vicuna's does not).
+    ///
+    /// # Errors
+    /// The template refuses the conversation, or the tokenizer failed.
+    pub fn encode_with_answer(
+        &self,
+        tokenizer: &ModelTokenizer,
+        prompt: &Prompt,
+        answer: &str,
+    ) -> Result<Vec<u32>, ModelError> {
+        let mut text = self.render(&prompt.messages())?;
+        if !text.ends_with(char::is_whitespace) {
+            text.push(' ');
+        }
+        self.encode_text(tokenizer, &(text + answer))
+    }
+
+    fn encode_text(&self, tokenizer: &ModelTokenizer, text: &str) -> Result<Vec<u32>, ModelError> {
         // Some templates write the token themselves; twice would be another prompt.
         let written = !self.bos.is_empty() && text.starts_with(&self.bos);
-        tokenizer.encode(&text, tokenizer.adds_bos() && !written)
+        tokenizer.encode(text, tokenizer.adds_bos() && !written)
     }
 }
 

@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
-use lengthwise_model::{Llama, ModelConfig, ModelError, RopeScaling, Weights, cross_entropy};
+use lengthwise_model::{Llama, ModelConfig, ModelError, RopeScaling, Weights};
 
 use crate::language::{Split, examples};
 use crate::language_tokenizer::{self, TrainTokenizerError};
+use crate::packed::{Objective, PackedExamples};
 use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate, Muon, MuonConfig, Schedule};
 
-use packing::{Packer, PackedExamples};
+use packing::Packer;
 
 /// How the bundled model is made.
 #[derive(Debug, Clone, PartialEq)]
@@ -180,38 +181,15 @@ impl Optimisers {
         batch: &[PackedExamples],
         step: usize,
     ) -> Result<f64, PretrainError> {
-        let (loss, mut grads) = gradients(llama, parameters, batch)?;
+        let targets: usize = batch.iter().map(PackedExamples::answer_tokens).sum();
+        let objective = Objective { llama, adapter: None, parameters, dropout: None };
+        let mut grads = Gradients::default();
+        let loss = objective.gradients(batch, targets as f64, &mut grads)?;
         grads.clip(MAX_GRAD_NORM)?;
         self.muon.step(&grads, self.matrix_rate.at(step))?;
         self.adamw.step(&grads, self.rate.at(step))?;
         Ok(loss)
     }
-}
-
-/// Loss and gradients of a batch. Its shards run side by side, a thread each: candle's element-wise ops use one core.
-/// Their number is fixed, so that the sums, and with them the model, do not depend on the machine's cores.
-fn gradients(
-    llama: &Llama,
-    parameters: &BTreeMap<String, Tensor>,
-    batch: &[PackedExamples],
-) -> Result<(f64, Gradients), PretrainError> {
-    let targets: usize = batch.iter().map(|shard| shard.targets.len()).sum();
-    let shard = &|shard: &PackedExamples| -> Result<_, PretrainError> {
-        let logits = llama.forward_train(&shard.sequences(), &shard.positions, None, None)?;
-        let loss = cross_entropy(&logits, &shard.targets, targets as f64)?;
-        Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
-    };
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = batch.iter().map(|part| scope.spawn(move || shard(part))).collect();
-        threads.into_iter().map(|t| t.join().expect("a shard does not panic")).collect()
-    });
-    let (mut loss, mut grads) = (0.0, Gradients::default());
-    for result in results {
-        let (part, store) = result?;
-        loss += part;
-        grads.add(parameters, &store)?;
-    }
-    Ok((loss, grads))
 }
 
 /// The config.json of the bundled model.

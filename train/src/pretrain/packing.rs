@@ -1,4 +1,4 @@
-//! Examples as packed token sequences with the positions that carry the loss.
+//! A stream of examples, cut into batches.
 
 use std::collections::VecDeque;
 
@@ -6,38 +6,14 @@ use tokenizers::Tokenizer;
 
 use super::PretrainError;
 use crate::language::Example;
+use crate::packed::{EncodedExample, PackedExamples};
 use crate::language_tokenizer::EOS;
-
-/// One batch: whole sequences, and which of their packed positions predict a token of an answer.
-pub(super) struct PackedExamples {
-    tokens: Vec<Vec<u32>>,
-    /// Packed positions whose next token is an answer's.
-    pub positions: Vec<u32>,
-    /// That next token.
-    pub targets: Vec<u32>,
-}
-
-impl PackedExamples {
-    pub fn sequences(&self) -> Vec<&[u32]> {
-        self.tokens.iter().map(Vec::as_slice).collect()
-    }
-
-    pub fn tokens(&self) -> usize {
-        self.tokens.iter().map(Vec::len).sum()
-    }
-}
-
-/// An encoded example: the tokens, and how many of them are the prompt's.
-struct Encoded {
-    tokens: Vec<u32>,
-    prompt: usize,
-}
 
 /// Cuts a stream of examples into batches of about the same number of tokens.
 pub(super) struct Packer<'a> {
     tokenizer: &'a Tokenizer,
     batch_tokens: usize,
-    waiting: VecDeque<Encoded>,
+    waiting: VecDeque<EncodedExample>,
     waiting_tokens: usize,
 }
 
@@ -55,13 +31,13 @@ impl<'a> Packer<'a> {
         Ok(())
     }
 
-    fn encode(&self, example: &Example) -> tokenizers::Result<Encoded> {
+    fn encode(&self, example: &Example) -> tokenizers::Result<EncodedExample> {
         let prompt = self.tokenizer.encode(format!("USER: {} ASSISTANT:", example.instruction), true)?;
         let answer = self.tokenizer.encode(format!(" {}{EOS}", example.answer), false)?;
         let mut tokens = prompt.get_ids().to_vec();
-        let prompt = tokens.len();
+        let prompt_tokens = tokens.len();
         tokens.extend_from_slice(answer.get_ids());
-        Ok(Encoded { tokens, prompt })
+        Ok(EncodedExample { tokens, prompt_tokens })
     }
 
     /// The next batch; `None` until enough examples wait for a full one.
@@ -69,16 +45,11 @@ impl<'a> Packer<'a> {
         if self.waiting_tokens < self.batch_tokens {
             return None;
         }
-        let mut batch = PackedExamples { tokens: Vec::new(), positions: Vec::new(), targets: Vec::new() };
-        let mut start = 0;
-        while start < self.batch_tokens {
-            let Encoded { tokens, prompt } = self.waiting.pop_front()?;
-            batch.positions.extend((prompt - 1..tokens.len() - 1).map(|p| (start + p) as u32));
-            batch.targets.extend_from_slice(&tokens[prompt..]);
-            start += tokens.len();
-            batch.tokens.push(tokens);
+        let mut batch = PackedExamples::default();
+        while batch.tokens() < self.batch_tokens {
+            batch.push(self.waiting.pop_front()?);
         }
-        self.waiting_tokens -= start;
+        self.waiting_tokens -= batch.tokens();
         Some(batch)
     }
 }

@@ -1,0 +1,94 @@
+//! Checkpoints: a folder per step, complete once it has its final name.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use candle_core::Device;
+use lengthwise_model::{Adapter, ModelConfig};
+use serde::{Deserialize, Serialize};
+
+use super::LoraTrainingError;
+use crate::optim::AdamW;
+
+const PREFIX: &str = "checkpoint-";
+
+/// Where a run is, beside its tensors.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct RunState {
+    /// Optimiser steps done.
+    pub step: usize,
+    /// The best evaluation loss so far and its step.
+    pub best: Option<(f64, usize)>,
+    /// Settings and data of the run, to be told from others.
+    pub fingerprint: Vec<(String, String)>,
+}
+
+/// A checkpoint that was read back.
+pub(super) struct Checkpoint {
+    pub state: RunState,
+    pub adapter: Adapter,
+    optimiser: HashMap<String, candle_core::Tensor>,
+}
+
+impl Checkpoint {
+    pub fn restore(&self, adamw: &mut AdamW) -> Result<(), LoraTrainingError> {
+        Ok(adamw.restore(&self.optimiser, self.state.step)?)
+    }
+}
+
+fn io(path: &Path) -> impl Fn(std::io::Error) -> LoraTrainingError {
+    move |source| LoraTrainingError::Io { path: path.to_owned(), source }
+}
+
+/// The newest complete checkpoint of an output folder.
+pub(super) fn newest(output: &Path) -> Option<PathBuf> {
+    let entries = fs::read_dir(output).ok()?;
+    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(PREFIX)?.parse::<usize>().ok();
+    entries.flatten().map(|e| e.path()).filter(|p| step(p).is_some()).max_by_key(|p| step(p))
+}
+
+/// Writes a checkpoint beside and renames it, then drops older ones.
+pub(super) fn save(
+    output: &Path,
+    base_model: &str,
+    adapter: &Adapter,
+    adamw: &AdamW,
+    state: &RunState,
+) -> Result<(), LoraTrainingError> {
+    let beside = output.join("writing-checkpoint");
+    let last = newest(output);
+    let _ = fs::remove_dir_all(&beside);
+    adapter.save(&beside, base_model)?;
+    let (tensors, _) = adamw.state();
+    candle_core::safetensors::save(&tensors, beside.join("optimizer.safetensors"))?;
+    let json = serde_json::to_string_pretty(state).expect("plain data is serialisable");
+    fs::write(beside.join("state.json"), json).map_err(io(&beside))?;
+    let name = output.join(format!("{PREFIX}{}", state.step));
+    let _ = fs::remove_dir_all(&name);
+    fs::rename(&beside, &name).map_err(io(&name))?;
+    match last.filter(|last| *last != name) {
+        Some(last) => fs::remove_dir_all(&last).map_err(io(&last)),
+        None => Ok(()),
+    }
+}
+
+/// Reads a checkpoint back; its adapter's factors are variables.
+pub(super) fn load(folder: &Path, model: &ModelConfig, device: &Device) -> Result<Checkpoint, LoraTrainingError> {
+    let path = folder.join("state.json");
+    let text = fs::read_to_string(&path).map_err(io(&path))?;
+    let bad = |err: serde_json::Error| LoraTrainingError::BadFile { path: path.clone(), reason: err.to_string() };
+    Ok(Checkpoint {
+        state: serde_json::from_str(&text).map_err(bad)?,
+        adapter: Adapter::load(folder, model, device)?.trainable()?,
+        optimiser: candle_core::safetensors::load(folder.join("optimizer.safetensors"), device)?,
+    })
+}
+
+/// Removes what only a resumed run needs.
+pub(super) fn clear(output: &Path) -> Result<(), LoraTrainingError> {
+    match newest(output) {
+        Some(last) => fs::remove_dir_all(&last).map_err(io(&last)),
+        None => Ok(()),
+    }
+}
