@@ -1,1 +1,15 @@
-//! scheduler.
+//! In which order and in which batches requests are decoded: pure logic without a clock, a file or a random source.
+
+mod admission;
+mod config;
+mod driver;
+mod plan;
+mod simulate;
+mod stats;
+
+pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Waiting};
+pub use config::{ScheduleConfig, Strategy};
+pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};
+pub use plan::{Job, PlannedBatch, plan_group};
+pub use simulate::{SimulatedRequest, simulate};
+pub use stats::{StrategyReport, StrategyRow, StrategyStats};

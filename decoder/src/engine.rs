@@ -1,0 +1,159 @@
+//! Forward passes over running sequences, and the cache they share.
+
+use std::sync::Arc;
+
+use candle_core::DType;
+use lengthwise_core::DecodeError;
+use lengthwise_model::{Adapter, KvCache, Llama, Segment, kv_bytes_per_token};
+
+use crate::SequenceRequest;
+use crate::sequence::Sequence;
+
+/// How much the engine may hold and do at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Tokens of the KV cache; `None`: as many as fit [`DEFAULT_CACHE_BYTES`].
+    pub kv_cache_tokens: Option<usize>,
+    /// Most prompt tokens in one forward pass; longer prompts are run in chunks.
+    pub max_prefill_tokens: usize,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self { kv_cache_tokens: None, max_prefill_tokens: 2048 }
+    }
+}
+
+/// Size of the KV cache where none is asked for.
+pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
+
+/// A model with a KV cache, and an adapter or none.
+pub struct Engine {
+    model: Arc<Llama>,
+    adapter: Option<Arc<Adapter>>,
+    pub(crate) cache: KvCache,
+    eos: Vec<u32>,
+    config: EngineConfig,
+}
+
+impl Engine {
+    /// `eos`: the tokens that end an answer.
+    ///
+    /// # Errors
+    /// No memory for the cache.
+    pub fn new(
+        model: Arc<Llama>,
+        adapter: Option<Arc<Adapter>>,
+        eos: Vec<u32>,
+        config: EngineConfig,
+    ) -> Result<Self, DecodeError> {
+        let per_token = kv_bytes_per_token(model.config(), model.dtype());
+        let tokens = config.kv_cache_tokens.unwrap_or(DEFAULT_CACHE_BYTES / per_token);
+        let cache =
+            KvCache::new(model.config(), tokens, cache_dtype(&model), model.device()).map_err(DecodeError::model)?;
+        Ok(Self { model, adapter, cache, eos, config })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Arc<Llama> {
+        &self.model
+    }
+
+    /// Tokens that the KV cache holds.
+    pub fn cache_tokens(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Whether a request can be run at all; asked before anything is decoded.
+    ///
+    /// # Errors
+    /// Its prompt is empty or too long, its cap is 0, or the cache is too small for it alone.
+    pub fn check(&self, request: &SequenceRequest) -> Result<(), DecodeError> {
+        let id = || request.id.clone();
+        let max = self.model.config().max_position_embeddings - 1;
+        let got = request.prompt.len();
+        if got == 0 {
+            return Err(DecodeError::EmptyPrompt { id: id() });
+        }
+        if got > max {
+            return Err(DecodeError::PromptTooLong { id: id(), got, max });
+        }
+        if request.max_new_tokens == 0 || request.replay_tokens == Some(0) {
+            return Err(DecodeError::NothingToGenerate { id: id() });
+        }
+        let (needed, capacity) = (got + self.longest_answer(request), self.cache.capacity());
+        if needed > capacity {
+            return Err(DecodeError::CacheTooSmall { id: id(), needed, capacity });
+        }
+        Ok(())
+    }
+
+    /// Most tokens that the request's answer can have: its cap, or what the model's positions leave.
+    pub fn longest_answer(&self, request: &SequenceRequest) -> usize {
+        let left = self.model.config().max_position_embeddings.saturating_sub(request.prompt.len());
+        (request.max_new_tokens as usize).min(left)
+    }
+
+    /// A checked request, its cap lowered to what the model's positions leave.
+    pub(crate) fn begin(&self, mut request: SequenceRequest) -> Result<Sequence, DecodeError> {
+        self.check(&request)?;
+        request.max_new_tokens = self.longest_answer(&request) as u32;
+        Ok(Sequence::new(request))
+    }
+
+    /// One forward pass: every sequence's next token, or a chunk of its prompt. Each must have its blocks reserved
+    /// for all its pending tokens.
+    pub(crate) fn step(&mut self, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
+        let counts = self.share_prefill(sequences);
+        let running = || counts.iter().enumerate().filter(|(_, n)| **n > 0);
+        let segments: Vec<Segment> = running()
+            .map(|(i, &n)| Segment {
+                tokens: sequences[i].next_tokens(n),
+                start: sequences[i].cached(),
+                table: &sequences[i].table,
+            })
+            .collect();
+        let logits = self
+            .model
+            .forward(&segments, &mut self.cache, self.adapter.as_deref())
+            .and_then(|logits| Ok(logits.flatten_all()?.to_vec1::<f32>()?))
+            .map_err(DecodeError::model)?;
+        let rows = logits.chunks_exact(self.model.config().vocab_size);
+        for ((i, &n), logits) in running().zip(rows) {
+            sequences[i].advance(n, logits, &self.eos).map_err(DecodeError::model)?;
+        }
+        Ok(())
+    }
+
+    /// How many tokens of each sequence go into the next pass: decoding rows always one, prompts share what a pass
+    /// may prefill, first come first.
+    fn share_prefill(&self, sequences: &[&mut Sequence]) -> Vec<usize> {
+        let mut left = self.config.max_prefill_tokens;
+        let share = |sequence: &&mut Sequence| match sequence.pending() {
+            1 => 1,
+            pending => {
+                let count = pending.min(left);
+                left -= count;
+                count
+            }
+        };
+        sequences.iter().map(share).collect()
+    }
+
+    /// Gives a sequence the blocks for its pending tokens. False where the cache is full.
+    pub(crate) fn reserve(&mut self, sequence: &mut Sequence) -> bool {
+        let tokens = sequence.cached() + sequence.pending();
+        self.cache.reserve(&mut sequence.table, tokens)
+    }
+
+    /// Takes a sequence's blocks back; its tokens stay and can be run again.
+    pub(crate) fn evict(&mut self, sequence: &mut Sequence) {
+        let table = sequence.evict();
+        self.cache.release(table);
+    }
+}
+
+/// Keys and values have the weights' dtype.
+fn cache_dtype(model: &Llama) -> DType {
+    model.dtype()
+}

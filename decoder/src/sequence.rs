@@ -1,0 +1,128 @@
+//! One request on its way through the decoder.
+
+use lengthwise_core::{FinishReason, RequestId, SamplingParams};
+use lengthwise_model::{BlockTable, ModelError, Sampler};
+
+/// A tokenised request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SequenceRequest {
+    /// Returned with the answer.
+    pub id: RequestId,
+    /// The rendered prompt, at least one token.
+    pub prompt: Vec<u32>,
+    /// Cap on the answer, in tokens, the end-of-sequence token counted.
+    pub max_new_tokens: u32,
+    /// How tokens are drawn.
+    pub sampling: SamplingParams,
+    /// Replay: the answer ends at exactly this many tokens, whatever the model says, so that weights without a useful
+    /// end-of-sequence can be timed.
+    pub replay_tokens: Option<u32>,
+}
+
+/// The answer to a [`SequenceRequest`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SequenceOutput {
+    /// The id of its request.
+    pub id: RequestId,
+    /// The generated tokens, the end-of-sequence token included.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub finish: FinishReason,
+}
+
+/// A request that has been begun: its tokens so far, and how much of them the KV cache holds.
+#[derive(Debug)]
+pub(crate) struct Sequence {
+    pub request: SequenceRequest,
+    /// Prompt and answer so far.
+    tokens: Vec<u32>,
+    /// How many of `tokens` are in the cache.
+    cached: usize,
+    pub table: BlockTable,
+    sampler: Sampler,
+    pub finish: Option<FinishReason>,
+}
+
+impl Sequence {
+    pub fn new(request: SequenceRequest) -> Self {
+        Self {
+            tokens: request.prompt.clone(),
+            cached: 0,
+            table: BlockTable::default(),
+            sampler: Sampler::new(request.sampling),
+            finish: None,
+            request,
+        }
+    }
+
+    /// Tokens of the answer so far.
+    pub fn generated(&self) -> u32 {
+        (self.tokens.len() - self.request.prompt.len()) as u32
+    }
+
+    /// Tokens that have to go through the model before the next one can be drawn.
+    pub fn pending(&self) -> usize {
+        self.tokens.len() - self.cached
+    }
+
+    /// Tokens that the cache holds.
+    pub fn cached(&self) -> usize {
+        self.cached
+    }
+
+    /// The next `count` tokens that the cache does not hold yet.
+    pub fn next_tokens(&self, count: usize) -> &[u32] {
+        &self.tokens[self.cached..self.cached + count]
+    }
+
+    /// After a forward pass over `count` tokens: draws the next token from `logits` (`[vocab]`) if those were the last.
+    pub fn advance(&mut self, count: usize, logits: &[f32], eos: &[u32]) -> Result<(), ModelError> {
+        self.cached += count;
+        if self.pending() > 0 {
+            return Ok(());
+        }
+        if self.finish.is_some() {
+            // A finished row of a static batch holds its slot until the batch ends: it repeats its last token.
+            self.cached -= 1;
+            return Ok(());
+        }
+        let token = self.sampler.sample(logits)?;
+        self.tokens.push(token);
+        self.finish = self.end_after(token, eos);
+        Ok(())
+    }
+
+    fn end_after(&self, token: u32, eos: &[u32]) -> Option<FinishReason> {
+        let generated = self.generated();
+        let ended = match self.request.replay_tokens {
+            Some(length) => generated >= length,
+            None => eos.contains(&token),
+        };
+        match ended {
+            true => Some(FinishReason::Stop),
+            false => (generated >= self.request.max_new_tokens).then_some(FinishReason::Length),
+        }
+    }
+
+    /// Forgets what the cache holds; the tokens stay, and are run again.
+    pub fn evict(&mut self) -> BlockTable {
+        self.cached = 0;
+        std::mem::take(&mut self.table)
+    }
+
+    /// Forgets the answer so far: the next run begins anew and draws the same tokens.
+    pub fn restart(&mut self) {
+        self.tokens.truncate(self.request.prompt.len());
+        self.sampler = Sampler::new(self.request.sampling);
+        self.finish = None;
+    }
+
+    /// The answer; the sequence must have ended.
+    pub fn into_output(self) -> Option<SequenceOutput> {
+        Some(SequenceOutput {
+            finish: self.finish?,
+            tokens: self.tokens[self.request.prompt.len()..].to_vec(),
+            id: self.request.id,
+        })
+    }
+}

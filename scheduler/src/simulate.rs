@@ -1,0 +1,197 @@
+//! The same strategies on known lengths, without a model.
+
+use std::cmp::Reverse;
+use std::collections::{BinaryHeap, HashMap};
+use std::convert::Infallible;
+
+use lengthwise_core::RequestId;
+
+use crate::{
+    AdmissionQueue, BatchExecutor, BatchRun, DriverError, Job, Outcome, PlannedBatch, ScheduleConfig, Strategy,
+    StrategyStats, Waiting, run_groups,
+};
+
+/// A request whose answer's length is known.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SimulatedRequest {
+    /// Whose answer.
+    pub id: RequestId,
+    /// Tokens that the answer has; cut at the cap.
+    pub actual: u32,
+    /// Tokens that are predicted.
+    pub predicted: u32,
+}
+
+/// What the strategy costs on these requests, in the order given. A failure is recomputed from its first token.
+///
+/// # Errors
+/// Two requests have the same id.
+pub fn simulate(
+    requests: &[SimulatedRequest],
+    config: &ScheduleConfig,
+) -> Result<StrategyStats, DriverError<Infallible>> {
+    let cap = config.max_new_tokens.max(1);
+    let lengths = requests
+        .iter()
+        .map(|r| (r.id.clone(), r.actual.clamp(1, cap)))
+        .collect();
+    if config.strategy == Strategy::Continuous {
+        return Ok(continuous(requests, &lengths, config));
+    }
+    let jobs: Vec<Job> = requests
+        .iter()
+        .map(|r| Job {
+            id: r.id.clone(),
+            predicted: r.predicted,
+        })
+        .collect();
+    run_groups(&jobs, config, &mut KnownLengths(lengths))
+}
+
+struct KnownLengths(HashMap<RequestId, u32>);
+
+impl BatchExecutor for KnownLengths {
+    type Error = Infallible;
+
+    fn run_batch(&mut self, batch: &PlannedBatch) -> Result<BatchRun, Infallible> {
+        let length = |id: &RequestId| self.0.get(id).copied().unwrap_or(1);
+        let longest = batch.ids.iter().map(length).max().unwrap_or(0);
+        let steps = longest.min(batch.stop_at);
+        let outcome = |id: &RequestId| match length(id) {
+            tokens if tokens <= batch.stop_at => Outcome::Finished { tokens },
+            _ => Outcome::Stopped,
+        };
+        Ok(BatchRun {
+            steps,
+            slot_steps: u64::from(steps) * batch.ids.len() as u64,
+            outcomes: batch.ids.iter().map(|id| (id.clone(), outcome(id))).collect(),
+        })
+    }
+}
+
+/// Every slot is refilled in the step after its sequence ended. Slots × steps counts idle slots too.
+fn continuous(
+    requests: &[SimulatedRequest],
+    lengths: &HashMap<RequestId, u32>,
+    config: &ScheduleConfig,
+) -> StrategyStats {
+    let slots = config.batch_size.get();
+    let mut queue = AdmissionQueue::new(config.order, slots);
+    for request in requests {
+        let waiting = Waiting {
+            id: request.id.clone(),
+            predicted: request.predicted,
+            cache_tokens: 1,
+        };
+        queue.push(waiting).expect("one of at least one slot");
+    }
+    let mut ends: BinaryHeap<Reverse<u64>> = BinaryHeap::new();
+    let mut stats = StrategyStats::default();
+    while !queue.is_empty() {
+        let mut now = 0;
+        if ends.len() == slots {
+            let Reverse(end) = ends.pop().expect("every slot is taken");
+            queue.release(1);
+            now = end;
+        }
+        let next = queue.admit().expect("a slot is free and one waits");
+        let length = u64::from(lengths[&next.id]);
+        ends.push(Reverse(now + length));
+        stats.requests += 1;
+        stats.useful_tokens += length;
+    }
+    stats.steps = ends.into_iter().map(|Reverse(end)| end).max().unwrap_or(0);
+    stats.slot_steps = stats.steps * slots as u64;
+    stats
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Strategy;
+    use proptest::prelude::*;
+    use std::num::NonZeroUsize;
+
+    fn requests(lengths: &[(u32, u32)]) -> Vec<SimulatedRequest> {
+        let request = |(i, &(actual, predicted)): (usize, &(u32, u32))| SimulatedRequest {
+            id: i.to_string().into(),
+            actual,
+            predicted,
+        };
+        lengths.iter().enumerate().map(request).collect()
+    }
+
+    fn config(strategy: Strategy, batch_size: usize) -> ScheduleConfig {
+        ScheduleConfig {
+            batch_size: NonZeroUsize::new(batch_size).expect("not 0"),
+            ..ScheduleConfig::new(strategy)
+        }
+    }
+
+    fn run(lengths: &[(u32, u32)], config: &ScheduleConfig) -> StrategyStats {
+        simulate(&requests(lengths), config).expect("ids are distinct")
+    }
+
+    #[test]
+    fn vanilla_pads_to_the_longest_of_each_batch() {
+        // (10, 30) and (20, 600 cut at 512): 2 × 30 + 2 × 512.
+        let stats = run(&[(10, 0), (30, 0), (20, 0), (600, 0)], &config(Strategy::Vanilla, 2));
+        assert_eq!((stats.steps, stats.slot_steps, stats.useful_tokens), (542, 1084, 572));
+        assert_eq!((stats.requests, stats.failures, stats.wasted_tokens()), (4, 0, 512));
+    }
+
+    #[test]
+    fn sorting_puts_like_lengths_together() {
+        let stats = run(&[(10, 10), (30, 30), (10, 10), (30, 30)], &config(Strategy::SeqSch, 2));
+        assert_eq!((stats.steps, stats.wasted_tokens()), (40, 0));
+    }
+
+    #[test]
+    fn a_failure_is_recomputed_and_its_thrown_away_tokens_count() {
+        // Predicted 20 and 20, actual 5 and 50: the batch stops at 20 (40 slot-steps), then 50 alone.
+        let stats = run(&[(5, 20), (50, 20)], &config(Strategy::SeqSch, 2).with(false, true));
+        assert_eq!((stats.failures, stats.steps, stats.slot_steps), (1, 70, 90));
+        assert_eq!((stats.useful_tokens, stats.wasted_tokens()), (55, 35));
+        assert_eq!(stats.average_length(), 45.0);
+    }
+
+    #[test]
+    fn a_freed_slot_is_refilled_at_once() {
+        // Two slots, longest first: 6 | 5, then 3 after the 5 and 2 after the 6: both end at 8.
+        let lengths = [(2, 2), (6, 6), (3, 3), (5, 5)];
+        let stats = run(&lengths, &config(Strategy::Continuous, 2));
+        assert_eq!((stats.steps, stats.slot_steps, stats.useful_tokens), (8, 16, 16));
+        let order = crate::AdmissionOrder::FirstCome;
+        // 2 | 6, then 3 after the 2 (ends 5), 5 after the 3 (ends 10).
+        let stats = run(
+            &lengths,
+            &ScheduleConfig {
+                order,
+                ..config(Strategy::Continuous, 2)
+            },
+        );
+        assert_eq!(stats.steps, 10);
+    }
+
+    proptest! {
+        #[test]
+        fn every_request_once_and_no_answer_cut(
+            lengths in prop::collection::vec((0u32..2000, prop_oneof![Just(0), Just(u32::MAX), 0u32..800]), 0..400),
+            strategy in prop::sample::select(Strategy::ALL.to_vec()),
+            vbs: bool, fcr: bool,
+            batch_size in 1usize..40, group_size in 1usize..300, cap in 1u32..700,
+        ) {
+            let config = ScheduleConfig {
+                group_size: NonZeroUsize::new(group_size).expect("not 0"),
+                max_new_tokens: cap,
+                ..config(strategy, batch_size)
+            }.with(vbs, fcr);
+            let stats = run(&lengths, &config);
+            prop_assert_eq!(stats.requests, lengths.len() as u64);
+            let whole: u64 = lengths.iter().map(|(actual, _)| u64::from((*actual).clamp(1, cap))).sum();
+            prop_assert_eq!(stats.useful_tokens, whole);
+            prop_assert!(stats.slot_steps >= stats.useful_tokens);
+            prop_assert!(fcr || stats.failures == 0);
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! What a strategy cost, counted alike for simulated and for real decoding.
+
+use serde::{Deserialize, Serialize};
+
+use crate::ScheduleConfig;
+
+/// Work done and work that was of use, in tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StrategyStats {
+    /// Requests answered.
+    pub requests: u64,
+    /// Decode steps, whatever the batch.
+    pub steps: u64,
+    /// Slots × steps: every token that was computed, padding after an end included.
+    pub slot_steps: u64,
+    /// Tokens of the answers.
+    pub useful_tokens: u64,
+    /// Requests that had not ended when their batch stopped.
+    pub failures: u64,
+}
+
+impl StrategyStats {
+    /// Tokens computed that are in no answer: padding, and what failures threw away. The published code leaves the
+    /// latter out.
+    pub fn wasted_tokens(&self) -> u64 {
+        self.slot_steps - self.useful_tokens
+    }
+
+    /// Slots × steps per request.
+    pub fn average_length(&self) -> f64 {
+        self.slot_steps as f64 / self.requests.max(1) as f64
+    }
+
+    /// Useful tokens per slot and step.
+    pub fn effective_token_ratio(&self) -> f64 {
+        self.useful_tokens as f64 / self.slot_steps.max(1) as f64
+    }
+
+    /// Failures per request.
+    pub fn failure_ratio(&self) -> f64 {
+        self.failures as f64 / self.requests.max(1) as f64
+    }
+
+    /// The row of a result table; `seconds` is `None` where nothing was timed.
+    pub fn row(&self, config: &ScheduleConfig, seconds: Option<f64>) -> StrategyRow {
+        let per_second = |amount: u64| seconds.map(|s| amount as f64 / s);
+        StrategyRow {
+            strategy: config.strategy.name().to_owned(),
+            vbs: config.vbs,
+            fcr: config.fcr,
+            batch_size: config.batch_size.get(),
+            requests: self.requests,
+            steps: self.steps,
+            seconds,
+            samples_per_s: per_second(self.requests),
+            tokens_per_s: per_second(self.useful_tokens),
+            average_length: self.average_length(),
+            effective_token_ratio: self.effective_token_ratio(),
+            failure_ratio: self.failure_ratio(),
+            wasted_tokens: self.wasted_tokens(),
+        }
+    }
+}
+
+/// One strategy's result, as `--json` prints it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[allow(missing_docs)]
+pub struct StrategyRow {
+    pub strategy: String,
+    pub vbs: bool,
+    pub fcr: bool,
+    pub batch_size: usize,
+    pub requests: u64,
+    pub steps: u64,
+    pub seconds: Option<f64>,
+    pub samples_per_s: Option<f64>,
+    pub tokens_per_s: Option<f64>,
+    pub average_length: f64,
+    pub effective_token_ratio: f64,
+    pub failure_ratio: f64,
+    pub wasted_tokens: u64,
+}
+
+/// The results of several strategies.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StrategyReport {
+    /// In the order they were run.
+    pub strategies: Vec<StrategyRow>,
+}
