@@ -35,6 +35,12 @@ pub enum DecodeError {
         /// Whose prompt.
         id: RequestId,
     },
+    /// Two requests have the same id, so that their answers could not be told apart.
+    #[error("request {id} occurs twice: ids must be unique")]
+    DuplicateId {
+        /// The id.
+        id: RequestId,
+    },
     /// A cap of zero tokens.
     #[error("request {id}: max_new_tokens is 0, it must be at least 1")]
     NothingToGenerate {

@@ -20,7 +20,10 @@ pub struct EngineConfig {
 
 impl Default for EngineConfig {
     fn default() -> Self {
-        Self { kv_cache_tokens: None, max_prefill_tokens: 2048 }
+        Self {
+            kv_cache_tokens: None,
+            max_prefill_tokens: 2048,
+        }
     }
 }
 
@@ -51,7 +54,13 @@ impl Engine {
         let tokens = config.kv_cache_tokens.unwrap_or(DEFAULT_CACHE_BYTES / per_token);
         let cache =
             KvCache::new(model.config(), tokens, cache_dtype(&model), model.device()).map_err(DecodeError::model)?;
-        Ok(Self { model, adapter, cache, eos, config })
+        Ok(Self {
+            model,
+            adapter,
+            cache,
+            eos,
+            config,
+        })
     }
 
     /// The model.
@@ -83,14 +92,22 @@ impl Engine {
         }
         let (needed, capacity) = (got + self.longest_answer(request), self.cache.capacity());
         if needed > capacity {
-            return Err(DecodeError::CacheTooSmall { id: id(), needed, capacity });
+            return Err(DecodeError::CacheTooSmall {
+                id: id(),
+                needed,
+                capacity,
+            });
         }
         Ok(())
     }
 
     /// Most tokens that the request's answer can have: its cap, or what the model's positions leave.
     pub fn longest_answer(&self, request: &SequenceRequest) -> usize {
-        let left = self.model.config().max_position_embeddings.saturating_sub(request.prompt.len());
+        let left = self
+            .model
+            .config()
+            .max_position_embeddings
+            .saturating_sub(request.prompt.len());
         (request.max_new_tokens as usize).min(left)
     }
 

@@ -60,6 +60,17 @@ impl Sequence {
         (self.tokens.len() - self.request.prompt.len()) as u32
     }
 
+    /// Tokens of the answer so far that the cache does not hold, the last one left out: that was never computed on.
+    pub fn generated_uncached(&self) -> u32 {
+        (self.pending().saturating_sub(1) as u32).min(self.generated().saturating_sub(1))
+    }
+
+    /// Most tokens that the cache must hold for it: prompt, and an answer of at most `answer` tokens or its cap.
+    pub fn most_tokens(&self, answer: u32) -> usize {
+        let answer = answer.max(self.generated()).min(self.request.max_new_tokens);
+        self.request.prompt.len() + answer as usize
+    }
+
     /// Tokens that have to go through the model before the next one can be drawn.
     pub fn pending(&self) -> usize {
         self.tokens.len() - self.cached
@@ -108,13 +119,6 @@ impl Sequence {
     pub fn evict(&mut self) -> BlockTable {
         self.cached = 0;
         std::mem::take(&mut self.table)
-    }
-
-    /// Forgets the answer so far: the next run begins anew and draws the same tokens.
-    pub fn restart(&mut self) {
-        self.tokens.truncate(self.request.prompt.len());
-        self.sampler = Sampler::new(self.request.sampling);
-        self.finish = None;
     }
 
     /// The answer; the sequence must have ended.
