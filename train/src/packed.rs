@@ -28,13 +28,18 @@ impl EncodedExample {
         prompt: &Prompt,
         answer: &str,
     ) -> Result<Self, ModelError> {
-        let no_end = || ModelError::Tokenizer { reason: "the model has no end-of-sequence token".to_owned() };
+        let no_end = || ModelError::Tokenizer {
+            reason: "the model has no end-of-sequence token".to_owned(),
+        };
         let eos = *tokenizer.eos().first().ok_or_else(no_end)?;
         let prompt_tokens = template.encode(tokenizer, prompt)?;
         let mut tokens = template.encode_with_answer(tokenizer, prompt, answer)?;
         let shared = prompt_tokens.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
         tokens.push(eos);
-        Ok(Self { tokens, prompt_tokens: shared })
+        Ok(Self {
+            tokens,
+            prompt_tokens: shared,
+        })
     }
 }
 
@@ -52,7 +57,8 @@ impl PackedExamples {
     pub fn push(&mut self, example: EncodedExample) {
         let EncodedExample { tokens, prompt_tokens } = example;
         let first = prompt_tokens.max(1);
-        self.positions.extend((first - 1..tokens.len() - 1).map(|p| (self.tokens + p) as u32));
+        self.positions
+            .extend((first - 1..tokens.len() - 1).map(|p| (self.tokens + p) as u32));
         self.targets.extend_from_slice(&tokens[first..]);
         self.tokens += tokens.len();
         self.sequences.push(tokens);
@@ -114,14 +120,11 @@ impl Objective<'_> {
     ///
     /// # Errors
     /// The forward or backward pass failed.
-    pub fn gradients(
-        &self,
-        shards: &[PackedExamples],
-        divisor: f64,
-        grads: &mut Gradients,
-    ) -> Result<f64, ModelError> {
+    pub fn gradients(&self, shards: &[PackedExamples], divisor: f64, grads: &mut Gradients) -> Result<f64, ModelError> {
         let run = |shard: &PackedExamples, index: u64| -> Result<_, ModelError> {
-            let dropout = self.dropout.map(|(p, seed)| Dropout::new(p, seed.wrapping_mul(31).wrapping_add(index)));
+            let dropout = self
+                .dropout
+                .map(|(p, seed)| Dropout::new(p, seed.wrapping_mul(31).wrapping_add(index)));
             let loss = shard.loss(self.llama, self.adapter, dropout.as_ref(), divisor)?;
             Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
         };
@@ -129,7 +132,10 @@ impl Objective<'_> {
         let results: Vec<_> = std::thread::scope(|scope| {
             let shards = shards.iter().zip(0..);
             let threads: Vec<_> = shards.map(|(shard, i)| scope.spawn(move || run(shard, i))).collect();
-            threads.into_iter().map(|t| t.join().expect("a shard does not panic")).collect()
+            threads
+                .into_iter()
+                .map(|t| t.join().expect("a shard does not panic"))
+                .collect()
         });
         let mut total = 0.0;
         for result in results {

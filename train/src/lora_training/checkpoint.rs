@@ -38,14 +38,21 @@ impl Checkpoint {
 }
 
 fn io(path: &Path) -> impl Fn(std::io::Error) -> LoraTrainingError {
-    move |source| LoraTrainingError::Io { path: path.to_owned(), source }
+    move |source| LoraTrainingError::Io {
+        path: path.to_owned(),
+        source,
+    }
 }
 
 /// The newest complete checkpoint of an output folder.
 pub(super) fn newest(output: &Path) -> Option<PathBuf> {
     let entries = fs::read_dir(output).ok()?;
     let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(PREFIX)?.parse::<usize>().ok();
-    entries.flatten().map(|e| e.path()).filter(|p| step(p).is_some()).max_by_key(|p| step(p))
+    entries
+        .flatten()
+        .map(|e| e.path())
+        .filter(|p| step(p).is_some())
+        .max_by_key(|p| step(p))
 }
 
 /// Writes a checkpoint beside and renames it, then drops older ones.
@@ -77,7 +84,10 @@ pub(super) fn save(
 pub(super) fn load(folder: &Path, model: &ModelConfig, device: &Device) -> Result<Checkpoint, LoraTrainingError> {
     let path = folder.join("state.json");
     let text = fs::read_to_string(&path).map_err(io(&path))?;
-    let bad = |err: serde_json::Error| LoraTrainingError::BadFile { path: path.clone(), reason: err.to_string() };
+    let bad = |err: serde_json::Error| LoraTrainingError::BadFile {
+        path: path.clone(),
+        reason: err.to_string(),
+    };
     Ok(Checkpoint {
         state: serde_json::from_str(&text).map_err(bad)?,
         adapter: Adapter::load(folder, model, device)?.trainable()?,

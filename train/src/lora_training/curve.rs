@@ -16,11 +16,21 @@ impl Curve {
     /// Keeps the first `steps` lines of an earlier run; what came after its checkpoint is done again.
     pub fn open(output: &Path, steps: usize) -> Result<Self, LoraTrainingError> {
         let path = output.join("loss.jsonl");
-        let io = |source| LoraTrainingError::Io { path: path.clone(), source };
-        let old = if steps > 0 { std::fs::read_to_string(&path).map_err(io)? } else { String::new() };
+        let io = |source| LoraTrainingError::Io {
+            path: path.clone(),
+            source,
+        };
+        let old = if steps > 0 {
+            std::fs::read_to_string(&path).map_err(io)?
+        } else {
+            String::new()
+        };
         let kept: String = old.split_inclusive('\n').take(steps).collect();
         if kept.lines().count() < steps {
-            let reason = format!("it has {} lines, the checkpoint was made after {steps} steps", kept.lines().count());
+            let reason = format!(
+                "it has {} lines, the checkpoint was made after {steps} steps",
+                kept.lines().count()
+            );
             return Err(LoraTrainingError::BadFile { path, reason });
         }
         std::fs::write(&path, kept).map_err(io)?;
@@ -32,6 +42,9 @@ impl Curve {
         let line = serde_json::to_string(point).expect("plain numbers are serialisable") + "\n";
         self.file
             .write_all(line.as_bytes())
-            .map_err(|source| LoraTrainingError::Io { path: self.path.clone(), source })
+            .map_err(|source| LoraTrainingError::Io {
+                path: self.path.clone(),
+                source,
+            })
     }
 }

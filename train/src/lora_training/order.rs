@@ -1,7 +1,7 @@
 //! In which order examples are seen.
 
-use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 /// The examples of optimiser step `step` (from 0), cut into forward passes: every epoch is one shuffle, seeded by the
@@ -22,10 +22,15 @@ impl Order {
     pub fn step(&self, step: usize) -> Vec<Vec<usize>> {
         let (epoch, within) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let mut order: Vec<usize> = (0..self.examples).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(self.seed ^ (epoch as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)));
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(
+            self.seed ^ (epoch as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+        ));
         let per_step = self.batch_size * self.accumulation;
         let end = ((within + 1) * per_step).min(self.examples);
-        order[within * per_step..end].chunks(self.batch_size).map(<[usize]>::to_vec).collect()
+        order[within * per_step..end]
+            .chunks(self.batch_size)
+            .map(<[usize]>::to_vec)
+            .collect()
     }
 }
 
@@ -35,7 +40,12 @@ mod tests {
 
     #[test]
     fn every_epoch_sees_every_example_once_in_its_own_order() {
-        let order = Order { examples: 23, batch_size: 4, accumulation: 2, seed: 5 };
+        let order = Order {
+            examples: 23,
+            batch_size: 4,
+            accumulation: 2,
+            seed: 5,
+        };
         assert_eq!(order.steps_per_epoch(), 3);
         let epoch = |e: usize| -> Vec<usize> { (3 * e..3 * e + 3).flat_map(|s| order.step(s)).flatten().collect() };
         let (first, second) = (epoch(0), epoch(1));

@@ -40,8 +40,10 @@ pub fn train(
     progress: &mut dyn FnMut(TrainProgress),
 ) -> Result<TrainOutcome, LoraTrainingError> {
     check(config, examples)?;
-    std::fs::create_dir_all(&run.output)
-        .map_err(|source| LoraTrainingError::Io { path: run.output.clone(), source })?;
+    std::fs::create_dir_all(&run.output).map_err(|source| LoraTrainingError::Io {
+        path: run.output.clone(),
+        source,
+    })?;
     let data = Data {
         train: encode(run, examples)?,
         eval: encode(run, eval)?,
@@ -55,7 +57,11 @@ pub fn train(
     let mut trainer = Trainer::begin(run, config, &data)?;
     while trainer.state.step < trainer.rate.total_steps {
         let (point, tokens) = trainer.step(&data)?;
-        progress(TrainProgress { point, total_steps: trainer.rate.total_steps, tokens });
+        progress(TrainProgress {
+            point,
+            total_steps: trainer.rate.total_steps,
+            tokens,
+        });
     }
     trainer.finish()
 }
@@ -87,8 +93,12 @@ struct Data {
 fn encode(run: &TrainRun, examples: &[TrainExample]) -> Result<Vec<EncodedExample>, LoraTrainingError> {
     let max = run.model.network.config().max_position_embeddings;
     let encode = |(index, example): (usize, &TrainExample)| {
-        let encoded =
-            EncodedExample::new(&run.model.tokenizer, &run.model.template, &example.prompt, &example.answer)?;
+        let encoded = EncodedExample::new(
+            &run.model.tokenizer,
+            &run.model.template,
+            &example.prompt,
+            &example.answer,
+        )?;
         match encoded.tokens.len() {
             got if got > max => Err(LoraTrainingError::ExampleTooLong { index, got, max }),
             _ => Ok(encoded),
@@ -115,30 +125,61 @@ impl<'a> Trainer<'a> {
         let planned = config.epochs * data.order.steps_per_epoch();
         let total_steps = config.max_steps.map_or(planned, |max| max.min(planned));
         let warmup_steps = (config.warmup_ratio * total_steps as f64).ceil() as usize;
-        let rate = LearningRate { peak: config.learning_rate, warmup_steps, total_steps, schedule: config.schedule };
+        let rate = LearningRate {
+            peak: config.learning_rate,
+            warmup_steps,
+            total_steps,
+            schedule: config.schedule,
+        };
         let fingerprint = fingerprint(run, config, data);
         let saved = match checkpoint::newest(&run.output) {
             Some(path) if run.resume => {
                 let saved = checkpoint::load(&path, llama.config(), llama.device())?;
                 let pairs = saved.state.fingerprint.iter().zip(&fingerprint);
                 if let Some((_, (what, _))) = pairs.into_iter().find(|(a, b)| a != b) {
-                    return Err(LoraTrainingError::OtherRun { path, what: what.clone() });
+                    return Err(LoraTrainingError::OtherRun {
+                        path,
+                        what: what.clone(),
+                    });
                 }
                 Some(saved)
             }
-            Some(_) => return Err(LoraTrainingError::Unfinished { path: run.output.clone() }),
+            Some(_) => {
+                return Err(LoraTrainingError::Unfinished {
+                    path: run.output.clone(),
+                });
+            }
             None => None,
         };
         let adapter = match &saved {
             Some(saved) => saved.adapter.clone(),
             None => Adapter::init(llama.config(), config.lora.clone(), config.seed, llama.device())?,
         };
-        let adamw_config = AdamWConfig { weight_decay: config.weight_decay, ..AdamWConfig::default() };
+        let adamw_config = AdamWConfig {
+            weight_decay: config.weight_decay,
+            ..AdamWConfig::default()
+        };
         let mut adamw = AdamW::new(adapter.tensors(), adamw_config)?;
         saved.as_ref().map_or(Ok(()), |saved| saved.restore(&mut adamw))?;
-        let state = saved.map_or(RunState { step: 0, best: None, fingerprint }, |saved| saved.state);
+        let state = saved.map_or(
+            RunState {
+                step: 0,
+                best: None,
+                fingerprint,
+            },
+            |saved| saved.state,
+        );
         let curve = Curve::open(&run.output, state.step)?;
-        Ok(Self { run, config, llama, adapter, adamw, rate, state, curve })
+        Ok(Self {
+            run,
+            config,
+            llama,
+            adapter,
+            adamw,
+            rate,
+            state,
+            curve,
+        })
     }
 
     /// One optimiser step, with the evaluation and the checkpoint that fall due after it.
@@ -153,15 +194,29 @@ impl<'a> Trainer<'a> {
         self.adamw.step(&grads, learning_rate)?;
         self.state.step += 1;
         let done = self.state.step == self.rate.total_steps;
-        let eval_loss = match !data.eval.is_empty() && (done || self.state.step.is_multiple_of(self.config.eval_steps)) {
+        let eval_loss = match !data.eval.is_empty() && (done || self.state.step.is_multiple_of(self.config.eval_steps))
+        {
             true => Some(self.evaluate(&data.eval)?),
             false => None,
         };
         let epoch = self.state.step as f64 / data.order.steps_per_epoch() as f64;
-        let point = CurvePoint { step: self.state.step, epoch, loss, learning_rate, grad_norm, eval_loss };
+        let point = CurvePoint {
+            step: self.state.step,
+            epoch,
+            loss,
+            learning_rate,
+            grad_norm,
+            eval_loss,
+        };
         self.curve.push(&point)?;
         if done || self.state.step.is_multiple_of(self.config.save_steps) {
-            checkpoint::save(&self.run.output, &self.run.model.name, &self.adapter, &self.adamw, &self.state)?;
+            checkpoint::save(
+                &self.run.output,
+                &self.run.model.name,
+                &self.adapter,
+                &self.adamw,
+                &self.state,
+            )?;
         }
         Ok((point, tokens))
     }
@@ -189,7 +244,9 @@ impl<'a> Trainer<'a> {
     fn shards(&self, examples: &[EncodedExample], pass: &[usize]) -> Vec<PackedExamples> {
         let shards = if self.llama.device().is_cpu() { SHARDS } else { 1 };
         let parts = pass.chunks(pass.len().div_ceil(shards));
-        parts.map(|part| part.iter().map(|&i| examples[i].clone()).collect()).collect()
+        parts
+            .map(|part| part.iter().map(|&i| examples[i].clone()).collect())
+            .collect()
     }
 
     /// Mean loss over the evaluation data. The adapter is kept where it is the best so far.
@@ -231,7 +288,10 @@ impl<'a> Trainer<'a> {
 /// Whatever changes the course of a run, by name; what may differ between a run and its resumption is left out.
 fn fingerprint(run: &TrainRun, config: &LoraTrainingConfig, data: &Data) -> Vec<(String, String)> {
     let tokens = |examples: &[EncodedExample]| hash(&examples.iter().map(|e| &e.tokens).collect::<Vec<_>>());
-    let settings = LoraTrainingConfig { save_steps: 0, ..config.clone() };
+    let settings = LoraTrainingConfig {
+        save_steps: 0,
+        ..config.clone()
+    };
     vec![
         ("model".to_owned(), run.model.name.clone()),
         ("training data".to_owned(), format!("{:016x}", tokens(&data.train))),

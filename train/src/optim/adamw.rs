@@ -21,7 +21,12 @@ pub struct AdamWConfig {
 
 impl Default for AdamWConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+        Self {
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 0.0,
+        }
     }
 }
 
@@ -44,7 +49,12 @@ impl AdamW {
             let zeros = || Tensor::zeros(parameter.shape(), DType::F32, parameter.device());
             moments.insert(name.clone(), (zeros()?, zeros()?));
         }
-        Ok(Self { config, parameters, moments, steps: 0 })
+        Ok(Self {
+            config,
+            parameters,
+            moments,
+            steps: 0,
+        })
     }
 
     /// One step along `grads`; a parameter without a gradient stays.
@@ -52,12 +62,19 @@ impl AdamW {
     /// # Errors
     /// The device failed.
     pub fn step(&mut self, grads: &Gradients, learning_rate: f64) -> Result<()> {
-        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
+        let AdamWConfig {
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+        } = self.config;
         self.steps += 1;
         let bias1 = 1.0 - beta1.powi(self.steps as i32);
         let bias2 = 1.0 - beta2.powi(self.steps as i32);
         for (name, parameter) in &self.parameters {
-            let (Some(grad), Some((m, v))) = (grads.get(name), self.moments.get_mut(name)) else { continue };
+            let (Some(grad), Some((m, v))) = (grads.get(name), self.moments.get_mut(name)) else {
+                continue;
+            };
             *m = ((&*m * beta1)? + (grad * (1.0 - beta1))?)?;
             *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
             let denominator = ((v.sqrt()? * (1.0 / bias2.sqrt()))? + eps)?;
@@ -106,7 +123,10 @@ mod tests {
         // m/(1-b1) = g and v/(1-b2) = g², so the first update is lr * g / |g|; decay takes lr * wd * w.
         let var = Var::from_tensor(&Tensor::new(&[2f32, -2.], &Device::Cpu)?)?;
         let parameters = BTreeMap::from([("w".to_owned(), var.as_tensor().clone())]);
-        let config = AdamWConfig { weight_decay: 0.5, ..AdamWConfig::default() };
+        let config = AdamWConfig {
+            weight_decay: 0.5,
+            ..AdamWConfig::default()
+        };
         let mut adamw = AdamW::new(parameters.clone(), config)?;
         let mut grads = Gradients::default();
         grads.add(&parameters, &var.sqr()?.sum_all()?.backward()?)?;

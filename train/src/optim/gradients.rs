@@ -72,7 +72,10 @@ mod tests {
         assert_eq!(grads.clip(0.0)?, 10.0);
         assert_eq!(grads.clip(5.0)?, 10.0);
         let clipped = grads.get("w").expect("it has one").to_vec1::<f32>()?;
-        assert!((clipped[0] - 3.0).abs() < 1e-5 && (clipped[1] - 4.0).abs() < 1e-5, "{clipped:?}");
+        assert!(
+            (clipped[0] - 3.0).abs() < 1e-5 && (clipped[1] - 4.0).abs() < 1e-5,
+            "{clipped:?}"
+        );
         Ok(())
     }
 }

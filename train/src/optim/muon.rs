@@ -20,7 +20,10 @@ pub struct MuonConfig {
 
 impl Default for MuonConfig {
     fn default() -> Self {
-        Self { momentum: 0.95, weight_decay: 0.1 }
+        Self {
+            momentum: 0.95,
+            weight_decay: 0.1,
+        }
     }
 }
 
@@ -38,8 +41,15 @@ impl Muon {
     /// The device failed.
     pub fn new(parameters: BTreeMap<String, Tensor>, config: MuonConfig) -> Result<Self> {
         let zeros = |p: &Tensor| Tensor::zeros(p.shape(), DType::F32, p.device());
-        let momentum = parameters.iter().map(|(n, p)| Ok((n.clone(), zeros(p)?))).collect::<Result<_>>()?;
-        Ok(Self { config, parameters, momentum })
+        let momentum = parameters
+            .iter()
+            .map(|(n, p)| Ok((n.clone(), zeros(p)?)))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            config,
+            parameters,
+            momentum,
+        })
     }
 
     /// One step along `grads`; a parameter without a gradient stays.
@@ -47,9 +57,14 @@ impl Muon {
     /// # Errors
     /// The device failed.
     pub fn step(&mut self, grads: &Gradients, learning_rate: f64) -> Result<()> {
-        let MuonConfig { momentum: beta, weight_decay } = self.config;
+        let MuonConfig {
+            momentum: beta,
+            weight_decay,
+        } = self.config;
         for (name, parameter) in &self.parameters {
-            let (Some(grad), Some(momentum)) = (grads.get(name), self.momentum.get_mut(name)) else { continue };
+            let (Some(grad), Some(momentum)) = (grads.get(name), self.momentum.get_mut(name)) else {
+                continue;
+            };
             *momentum = ((&*momentum * beta)? + grad)?;
             let nesterov = (grad + (&*momentum * beta)?)?;
             let (rows, columns) = parameter.dims2()?;

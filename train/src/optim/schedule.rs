@@ -49,7 +49,12 @@ mod tests {
 
     #[test]
     fn it_rises_and_falls() {
-        let rate = |schedule| LearningRate { peak: 1.0, warmup_steps: 2, total_steps: 12, schedule };
+        let rate = |schedule| LearningRate {
+            peak: 1.0,
+            warmup_steps: 2,
+            total_steps: 12,
+            schedule,
+        };
         let cosine = rate(Schedule::Cosine);
         assert_eq!((cosine.at(0), cosine.at(1), cosine.at(2)), (0.0, 0.5, 1.0));
         assert!((cosine.at(7) - 0.5).abs() < 1e-12 && cosine.at(12) < 1e-12);

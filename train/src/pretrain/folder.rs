@@ -18,7 +18,10 @@ pub(super) fn write(
     tokenizer: &Tokenizer,
     parameters: &BTreeMap<String, Tensor>,
 ) -> Result<(), PretrainError> {
-    let io = |source| PretrainError::Io { path: folder.display().to_string(), source };
+    let io = |source| PretrainError::Io {
+        path: folder.display().to_string(),
+        source,
+    };
     fs::create_dir_all(folder).map_err(io)?;
     let write = |name: &str, text: String| fs::write(folder.join(name), text).map_err(io);
     write("config.json", config.to_json())?;
@@ -34,7 +37,10 @@ pub(super) fn write(
         "chat_template": CHAT_TEMPLATE,
     });
     write("tokenizer_config.json", format!("{tokenizer_config:#}\n"))?;
-    write("tokenizer.json", tokenizer.to_string(true).map_err(PretrainError::Encode)? + "\n")?;
+    write(
+        "tokenizer.json",
+        tokenizer.to_string(true).map_err(PretrainError::Encode)? + "\n",
+    )?;
     let half = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::F16)?.detach()));
     let tensors: HashMap<String, Tensor> = parameters.iter().map(half).collect::<candle_core::Result<_>>()?;
     candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?;

@@ -16,7 +16,9 @@ pub(super) fn parameters(config: &ModelConfig, seed: u64) -> Result<BTreeMap<Str
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut uniform = |shape: (usize, usize), deviation: f64| {
         let bound = (deviation * 3f64.sqrt()) as f32;
-        let data: Vec<f32> = (0..shape.0 * shape.1).map(|_| rng.random_range(-bound..bound)).collect();
+        let data: Vec<f32> = (0..shape.0 * shape.1)
+            .map(|_| rng.random_range(-bound..bound))
+            .collect();
         variable(&Tensor::from_vec(data, shape, &Device::Cpu)?)
     };
     let hidden = config.hidden_size;

@@ -12,8 +12,8 @@ use lengthwise_model::{Llama, ModelConfig, ModelError, RopeScaling, Weights};
 
 use crate::language::{Split, examples};
 use crate::language_tokenizer::{self, TrainTokenizerError};
-use crate::packed::{Objective, PackedExamples};
 use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate, Muon, MuonConfig, Schedule};
+use crate::packed::{Objective, PackedExamples};
 
 use packing::Packer;
 
@@ -142,7 +142,11 @@ pub fn pretrain(
         if !loss.is_finite() {
             return Err(PretrainError::Diverged { step, loss });
         }
-        progress(PretrainProgress { step: step + 1, loss, tokens: batch.iter().map(PackedExamples::tokens).sum() });
+        progress(PretrainProgress {
+            step: step + 1,
+            loss,
+            tokens: batch.iter().map(PackedExamples::tokens).sum(),
+        });
     }
     folder::write(output, &model, &tokenizer, &parameters)
 }
@@ -167,7 +171,13 @@ impl Optimisers {
         };
         Ok(Self {
             muon: Muon::new(matrices, MuonConfig::default())?,
-            adamw: AdamW::new(rest, AdamWConfig { beta2: 0.95, ..AdamWConfig::default() })?,
+            adamw: AdamW::new(
+                rest,
+                AdamWConfig {
+                    beta2: 0.95,
+                    ..AdamWConfig::default()
+                },
+            )?,
             matrix_rate: rate(config.matrix_learning_rate),
             rate: rate(config.learning_rate),
         })
@@ -182,7 +192,12 @@ impl Optimisers {
         step: usize,
     ) -> Result<f64, PretrainError> {
         let targets: usize = batch.iter().map(PackedExamples::answer_tokens).sum();
-        let objective = Objective { llama, adapter: None, parameters, dropout: None };
+        let objective = Objective {
+            llama,
+            adapter: None,
+            parameters,
+            dropout: None,
+        };
         let mut grads = Gradients::default();
         let loss = objective.gradients(batch, targets as f64, &mut grads)?;
         grads.clip(MAX_GRAD_NORM)?;

@@ -6,8 +6,8 @@ use tokenizers::Tokenizer;
 
 use super::PretrainError;
 use crate::language::Example;
-use crate::packed::{EncodedExample, PackedExamples};
 use crate::language_tokenizer::EOS;
+use crate::packed::{EncodedExample, PackedExamples};
 
 /// Cuts a stream of examples into batches of about the same number of tokens.
 pub(super) struct Packer<'a> {
@@ -19,7 +19,12 @@ pub(super) struct Packer<'a> {
 
 impl<'a> Packer<'a> {
     pub fn new(tokenizer: &'a Tokenizer, batch_tokens: usize) -> Self {
-        Self { tokenizer, batch_tokens, waiting: VecDeque::new(), waiting_tokens: 0 }
+        Self {
+            tokenizer,
+            batch_tokens,
+            waiting: VecDeque::new(),
+            waiting_tokens: 0,
+        }
     }
 
     pub fn fill(&mut self, examples: &[Example]) -> Result<(), PretrainError> {
@@ -32,7 +37,9 @@ impl<'a> Packer<'a> {
     }
 
     fn encode(&self, example: &Example) -> tokenizers::Result<EncodedExample> {
-        let prompt = self.tokenizer.encode(format!("USER: {} ASSISTANT:", example.instruction), true)?;
+        let prompt = self
+            .tokenizer
+            .encode(format!("USER: {} ASSISTANT:", example.instruction), true)?;
         let answer = self.tokenizer.encode(format!(" {}{EOS}", example.answer), false)?;
         let mut tokens = prompt.get_ids().to_vec();
         let prompt_tokens = tokens.len();
