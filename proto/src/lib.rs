@@ -1,6 +1,10 @@
 //! The gRPC contract of the length predictor: `lengthwise/v1/predictor.proto` and the code made from it.
 #![allow(missing_docs, clippy::all)]
 
+mod codec;
+
+pub use codec::{WireCodec, WireDecoder};
+
 /// Package `lengthwise.v1`.
 pub mod v1 {
     tonic::include_proto!("lengthwise.v1");
