@@ -67,8 +67,8 @@ impl LocalDecoder {
     ///
     /// # Errors
     /// The tokenizer failed.
-    pub fn response(&self, output: SequenceOutput) -> Result<Response, DecodeError> {
-        response(&self.model.tokenizer, output)
+    pub fn response_of(model: &LoadedModel, output: SequenceOutput) -> Result<Response, DecodeError> {
+        response(&model.tokenizer, output)
     }
 
     /// The engine, for runs under another strategy.

@@ -1,0 +1,66 @@
+//! The flags that every command takes.
+
+use candle_core::Device;
+use clap::{Args, Parser};
+use lengthwise_model::{DTypeChoice, LoadedModel, TINY};
+
+use crate::commands::Command;
+use crate::device::{self, DeviceChoice};
+
+/// Knows how long a language model's answer will be before it is written, and makes inference faster by it.
+#[derive(Parser)]
+#[command(name = "lengthwise", version, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Args, Clone)]
+pub struct Global {
+    /// A Hugging Face model folder, a hub id in the local cache, or `tiny`, the bundled model
+    #[arg(long, global = true, default_value = TINY)]
+    pub model: String,
+    /// cpu, cuda, or cuda:N [default: cuda where built in and present]
+    #[arg(long, global = true)]
+    pub device: Option<DeviceChoice>,
+    /// auto, f32, bf16 or f16; auto is f32 on the CPU, else the checkpoint's own
+    #[arg(long, global = true, default_value = "auto", value_parser = parse_dtype)]
+    pub dtype: DTypeChoice,
+    /// Everything random comes from it
+    #[arg(long, global = true, default_value_t = 0)]
+    pub seed: u64,
+    /// Print one JSON object on standard output instead of tables
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// More on standard error; twice for everything
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Only warnings on standard error; twice for errors alone
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub quiet: u8,
+}
+
+fn parse_dtype(text: &str) -> Result<DTypeChoice, String> {
+    match text {
+        "auto" => Ok(DTypeChoice::Auto),
+        "f32" => Ok(DTypeChoice::F32),
+        "bf16" => Ok(DTypeChoice::Bf16),
+        "f16" => Ok(DTypeChoice::F16),
+        _ => Err("expected auto, f32, bf16 or f16".to_owned()),
+    }
+}
+
+impl Global {
+    /// The device asked for, or the best there is.
+    pub fn device(&self) -> anyhow::Result<Device> {
+        device::open(self.device)
+    }
+
+    /// The model asked for.
+    pub fn open_model(&self) -> anyhow::Result<LoadedModel> {
+        Ok(LoadedModel::open(&self.model, self.dtype, &self.device()?)?)
+    }
+}

@@ -1,0 +1,237 @@
+//! `demo`: the whole loop on the bundled model, each step as its own command does it.
+
+mod figures;
+mod served;
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use lengthwise_core::{Prompt, Request, SamplingParams};
+use lengthwise_decoder::LocalDecoder;
+use lengthwise_model::{LoadedModel, LoraConfig};
+use lengthwise_predictor::{ConstantPredictor, Question};
+use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyRow};
+use lengthwise_train::collect::CollectConfig;
+use lengthwise_train::files::{InstructionRecord, LengthRecord, Pair, PairFormat, pair_line, read_instructions, write_atomic};
+use lengthwise_train::language::{Split, instructions};
+use lengthwise_train::lora_training::LoraTrainingConfig;
+use lengthwise_train::{LabelTarget, PredictorRow, label};
+
+use super::bench::time_strategy;
+use super::collect::collect_with_bar;
+use super::eval::{measure, median};
+use super::train::train_with_bar;
+use crate::args::Global;
+use crate::inputs::{CacheArgs, default_slots, local_decoder};
+use crate::output::{print, print_json};
+use crate::predictions::{ask, local_predictor};
+use crate::report::ReportData;
+use crate::table::Table;
+
+/// Flags of `demo`.
+#[derive(Args)]
+pub struct DemoArgs {
+    /// Folder for the data on the way, the adapter and the report; an earlier demo in it is replaced
+    #[arg(long, default_value = "lengthwise-demo")]
+    output: PathBuf,
+    /// Instructions that the adapter is tuned on
+    #[arg(long, default_value = "600")]
+    train_instructions: NonZeroUsize,
+    /// Other instructions, which the predictors are tested on and the strategies answer
+    #[arg(long, default_value = "256")]
+    test_instructions: NonZeroUsize,
+    /// Sequences in a batch
+    #[arg(long, default_value = "16")]
+    batch_size: NonZeroUsize,
+    /// Passes over the pairs
+    #[arg(long, default_value_t = 14)]
+    epochs: usize,
+}
+
+/// Cap on every answer, in tokens: the longest answer of the bundled model's language has about 420.
+const MAX_NEW_TOKENS: u32 = 512;
+/// Labels are rounded up to this; the bundled model's answers are shorter than Vicuna's, for which 50 was published.
+const BUCKET: u32 = 10;
+/// Peak learning rate of the adapter. A model of a million parameters takes a higher one than the published 2e-5.
+const LEARNING_RATE: f64 = 5e-3;
+/// The file that tells a demo's folder from others.
+const MARK: &str = "demo.json";
+
+pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
+    prepare(&args.output)?;
+    let began = Instant::now();
+    let demo = Demo { global, args, model: global.open_model()? };
+    let train = demo.lengths("train", Split::Train, args.train_instructions)?;
+    let test = demo.lengths("test", Split::HeldOut, args.test_instructions)?;
+    let train_pairs = demo.pairs("train", &train)?;
+    let test_pairs = demo.pairs("test", &test)?;
+    let adapter = demo.train(&train_pairs)?;
+    let (predictors, points) = demo.evaluate(&adapter, &train_pairs, &test_pairs)?;
+    let strategies = demo.schedule(&adapter, &test_pairs)?;
+    let seconds = began.elapsed().as_secs_f64();
+    let data = ReportData {
+        setup: demo.setup(seconds)?,
+        strategies,
+        predictors,
+        predictions: points,
+        length_samples: test.iter().map(|r| r.samples.iter().map(|s| s.tokens).collect()).collect(),
+        ..figures::speed(&demo.model)?
+    };
+    write_atomic(&args.output.join(MARK), &(serde_json::to_string_pretty(&data)? + "\n"))?;
+    let index = super::report::write(&data, &args.output.join("report"))?;
+    if global.json {
+        return print_json(&data);
+    }
+    print(&Table::predictors(&data.predictors).text())?;
+    print("")?;
+    print(&Table::strategies(&data.strategies).text())?;
+    print(&format!("\nThe figures are in {} ({seconds:.0} s in all).", index.display()))
+}
+
+/// Makes the folder, or empties one that an earlier demo made.
+fn prepare(folder: &Path) -> anyhow::Result<()> {
+    let in_use = folder.is_dir() && std::fs::read_dir(folder)?.next().is_some();
+    if in_use && !folder.join(MARK).is_file() {
+        bail!("{} has other files in it: choose another --output", folder.display());
+    }
+    if in_use {
+        std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    // Marked first, so that a demo that was stopped is replaced too.
+    Ok(write_atomic(&folder.join(MARK), "{}\n")?)
+}
+
+struct Demo<'a> {
+    global: &'a Global,
+    args: &'a DemoArgs,
+    model: LoadedModel,
+}
+
+impl Demo<'_> {
+    fn path(&self, name: &str) -> PathBuf {
+        self.args.output.join(name)
+    }
+
+    fn decoder(&self, slots: NonZeroUsize) -> anyhow::Result<LocalDecoder> {
+        local_decoder(&self.model, None, slots, CacheArgs { kv_cache_tokens: None }.engine())
+    }
+
+    /// Writes instructions of one split, samples the model's answers and keeps their lengths.
+    fn lengths(&self, name: &str, split: Split, n: NonZeroUsize) -> anyhow::Result<Vec<LengthRecord>> {
+        let line = |(i, question): (usize, &lengthwise_train::language::Question)| {
+            let value = serde_json::json!({"id": format!("{name}-{i}"), "instruction": question.instruction});
+            format!("{value}\n")
+        };
+        let questions = instructions(split, self.global.seed.wrapping_add(1), n.get());
+        let path = self.path(&format!("{name}-instructions.jsonl"));
+        write_atomic(&path, &questions.iter().enumerate().map(line).collect::<String>())?;
+        let records: Vec<InstructionRecord> = read_instructions(&path)?;
+        let config = CollectConfig {
+            model: self.model.name.clone(),
+            temperatures: vec![0.0, 0.3, 0.5, 0.7],
+            samples_per_temperature: 1,
+            max_new_tokens: MAX_NEW_TOKENS,
+            seed: self.global.seed,
+            save_text: false,
+        };
+        tracing::info!("collect: four samples of the answer to each of {} {name} instructions", records.len());
+        let output = self.path(&format!("{name}-lengths.jsonl"));
+        collect_with_bar(&records, &mut self.decoder(default_slots())?, &config, &output)
+    }
+
+    fn pairs(&self, name: &str, lengths: &[LengthRecord]) -> anyhow::Result<Vec<Pair>> {
+        let pairs = label(lengths, LabelTarget::Max, BUCKET)?;
+        let text: String = pairs.iter().map(|pair| pair_line(pair, PairFormat::Pairs)).collect();
+        write_atomic(&self.path(&format!("{name}-pairs.jsonl")), &text)?;
+        Ok(pairs)
+    }
+
+    fn train(&self, pairs: &[Pair]) -> anyhow::Result<PathBuf> {
+        let config = LoraTrainingConfig {
+            lora: LoraConfig::default(),
+            epochs: self.args.epochs,
+            learning_rate: LEARNING_RATE,
+            seed: self.global.seed,
+            ..LoraTrainingConfig::default()
+        };
+        tracing::info!("train: an adapter of rank {} on {} pairs", config.lora.r, pairs.len());
+        let output = self.path("adapter");
+        train_with_bar(&self.model, &output, false, &config, pairs, &[])?;
+        Ok(output)
+    }
+
+    /// The adapter, perception in advance, and always the training data's median, on instructions never trained on.
+    fn evaluate(
+        &self,
+        adapter: &Path,
+        train: &[Pair],
+        test: &[Pair],
+    ) -> anyhow::Result<(Vec<PredictorRow>, Vec<crate::report::PredictionSeries>)> {
+        tracing::info!("eval: {} instructions that were not trained on", test.len());
+        let cap = MAX_NEW_TOKENS;
+        let mut tuned = local_predictor(&self.model, Some(adapter), Question::Length, cap)?;
+        let (tuned, points) = measure("adapter", &mut tuned, test, cap)?;
+        let (pia, _) = measure("pia", &mut local_predictor(&self.model, None, Question::Pia, cap)?, test, cap)?;
+        let mut constant = ConstantPredictor { max_tokens: median(train) };
+        let (constant, _) = measure("median", &mut constant, test, cap)?;
+        let series = crate::report::PredictionSeries { predictor: "adapter".to_owned(), points };
+        Ok((vec![tuned, pia, constant], vec![series]))
+    }
+
+    /// The test instructions under each strategy, scheduled by the adapter that a server on loopback holds.
+    fn schedule(&self, adapter: &Path, test: &[Pair]) -> anyhow::Result<Vec<StrategyRow>> {
+        let mut server = served::ServedPredictor::start(&self.model, adapter, MAX_NEW_TOKENS)?;
+        tracing::info!("serve: the adapter answers at {}", server.url());
+        let mut decoder = self.decoder(self.args.batch_size)?;
+        let request = |pair: &Pair| {
+            decoder.tokenize(&Request {
+                id: pair.id.clone(),
+                prompt: Prompt::Instruction(pair.instruction.clone()),
+                max_new_tokens: MAX_NEW_TOKENS,
+                sampling: SamplingParams::GREEDY,
+            })
+        };
+        let sequences = test.iter().map(request).collect::<Result<Vec<_>, _>>()?;
+        let prompts: Vec<Prompt> = test.iter().map(|p| Prompt::Instruction(p.instruction.clone())).collect();
+        let largest: Vec<u32> = test.iter().map(super::eval::truth).collect();
+        let mut rows = Vec::new();
+        for (strategy, predicts) in [
+            (Strategy::Vanilla, false),
+            (Strategy::SeqSch, true),
+            (Strategy::Oracle, false),
+            (Strategy::Continuous, true),
+        ] {
+            let began = Instant::now();
+            let predicted = match predicts {
+                true => ask(server.predictor(), &prompts, MAX_NEW_TOKENS)?.iter().map(|e| e.max_tokens).collect(),
+                false => largest.clone(),
+            };
+            // An oracle is asked for free; a predictor's time counts.
+            let seconds = if predicts { began.elapsed().as_secs_f64() } else { 0.0 };
+            let config = ScheduleConfig {
+                batch_size: self.args.batch_size,
+                max_new_tokens: MAX_NEW_TOKENS,
+                ..ScheduleConfig::new(strategy)
+            }
+            .with(true, true);
+            rows.push(time_strategy(&mut decoder, &sequences, &predicted, &config, seconds)?);
+        }
+        server.stop()?;
+        Ok(rows)
+    }
+
+    fn setup(&self, seconds: f64) -> anyhow::Result<serde_json::Map<String, serde_json::Value>> {
+        let value = serde_json::json!({
+            "model": self.model.name,
+            "device": if self.model.network.device().is_cpu() { "cpu" } else { "cuda" },
+            "dtype": format!("{:?}", self.model.network.dtype()).to_lowercase(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "seed": self.global.seed,
+            "seconds": seconds.round(),
+        });
+        value.as_object().cloned().context("an object was just made")
+    }
+}

@@ -1,0 +1,156 @@
+//! `generate`: answer every request of a file.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Args;
+use lengthwise_core::{DecodeError, Prompt, Request, RequestId, SamplingParams};
+use lengthwise_decoder::{LocalDecoder, PredictedRequest, run_strategy};
+use lengthwise_scheduler::{Strategy, StrategyReport, StrategyStats};
+use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
+
+use crate::args::Global;
+use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
+use crate::output::print_json;
+use crate::predictions::{PredictionArgs, ask, from_file, predictor_for};
+use crate::progress::{Bar, rate};
+
+/// Flags of `generate`.
+#[derive(Args)]
+pub struct GenerateArgs {
+    /// Requests: JSONL, an Alpaca array, FastChat conversations or an OpenAI batch file
+    #[arg(long)]
+    input: PathBuf,
+    /// Where the answers go, in the order of the input; a run that was stopped goes on where it was
+    #[arg(long)]
+    output: PathBuf,
+    /// vanilla, po, seqsch, oracle or continuous
+    #[arg(long, default_value = "continuous")]
+    strategy: Strategy,
+    #[command(flatten)]
+    schedule: ScheduleArgs,
+    #[command(flatten)]
+    predictions: PredictionArgs,
+    /// Sampling temperature; 0 takes the most likely token
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Draw only from the most likely tokens that together have this probability
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
+    /// Draw only from this many most likely tokens; 0: all
+    #[arg(long, default_value_t = 0)]
+    top_k: u32,
+    #[command(flatten)]
+    cache: CacheArgs,
+}
+
+pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
+    let records = read_instructions(&args.input)?;
+    let settings = serde_json::json!({
+        "model": global.model, "seed": global.seed, "temperature": args.temperature, "top_p": args.top_p,
+        "top_k": args.top_k, "max_new_tokens": args.schedule.max_new_tokens,
+    });
+    let (mut journal, finished) = Journal::open(&args.output, &settings.to_string())?;
+    let mut lines = answered(&finished)?;
+    let waiting: Vec<&InstructionRecord> = records.iter().filter(|r| !lines.contains_key(&r.id)).collect();
+    let began = Instant::now();
+    let mut stats = StrategyStats::default();
+    if !waiting.is_empty() {
+        let mut decoder = local_decoder(&global.open_model()?, None, args.schedule.batch_size, args.cache.engine())?;
+        let requests = requests(global, args, &waiting, &decoder)?;
+        stats = decode(args, &waiting, requests, &mut decoder, &mut |id, line| {
+            journal.push(&line).map_err(DecodeError::sink)?;
+            lines.insert(id, line);
+            Ok(())
+        })?;
+    }
+    let text = records.iter().map(|r| Ok(lines.get(&r.id).with_context(|| format!("request {} was lost", r.id))?.clone() + "\n"));
+    journal.finish(&text.collect::<anyhow::Result<String>>()?)?;
+    let row = stats.row(&args.schedule.config(args.strategy), Some(began.elapsed().as_secs_f64()));
+    tracing::info!("{} answers written to {}", records.len(), args.output.display());
+    match global.json {
+        true => print_json(&StrategyReport { strategies: vec![row] }),
+        false => Ok(()),
+    }
+}
+
+/// The answers that an earlier run finished, by request.
+fn answered(lines: &[String]) -> anyhow::Result<HashMap<RequestId, String>> {
+    let id = |line: &String| {
+        let value: serde_json::Value = serde_json::from_str(line).context("the unfinished output is damaged")?;
+        let id = value["custom_id"].as_str().or(value["id"].as_str()).context("the unfinished output is damaged")?;
+        Ok((RequestId::from(id), line.clone()))
+    };
+    lines.iter().map(id).collect()
+}
+
+/// Tokenised requests with their predictions.
+fn requests(
+    global: &Global,
+    args: &GenerateArgs,
+    records: &[&InstructionRecord],
+    decoder: &LocalDecoder,
+) -> anyhow::Result<Vec<PredictedRequest>> {
+    let cap = args.schedule.max_new_tokens;
+    let request = |record: &&InstructionRecord| {
+        let body = record.batch.clone().unwrap_or_default();
+        let request = Request {
+            id: record.id.clone(),
+            prompt: record.prompt.clone(),
+            max_new_tokens: body.max_tokens.unwrap_or(cap).min(cap),
+            sampling: SamplingParams {
+                temperature: body.temperature.unwrap_or(args.temperature),
+                top_p: body.top_p.unwrap_or(args.top_p),
+                top_k: args.top_k,
+                seed: body.seed.unwrap_or(global.seed),
+            },
+        };
+        decoder.tokenize(&request)
+    };
+    // Every request is checked before the first is predicted or decoded.
+    let sequences = records.iter().map(request).collect::<Result<Vec<_>, _>>()?;
+    let predictor = predictor_for(args.strategy, &args.predictions, decoder.model(), cap)?;
+    let predicted: Vec<u32> = match (predictor, &args.predictions.predictions) {
+        (Some(mut predictor), _) => {
+            let prompts: Vec<Prompt> = records.iter().map(|r| r.prompt.clone()).collect();
+            ask(predictor.as_mut(), &prompts, cap)?.iter().map(|e| e.max_tokens).collect()
+        }
+        (None, Some(path)) => from_file(path, &records.iter().map(|r| r.id.clone()).collect::<Vec<_>>())?,
+        (None, None) => vec![cap; records.len()],
+    };
+    let both = sequences.into_iter().zip(predicted);
+    Ok(both.map(|(request, predicted)| PredictedRequest { request, predicted }).collect())
+}
+
+/// Decodes the requests and hands over each answer as a line of the output.
+fn decode(
+    args: &GenerateArgs,
+    records: &[&InstructionRecord],
+    requests: Vec<PredictedRequest>,
+    decoder: &mut LocalDecoder,
+    on_line: &mut dyn FnMut(RequestId, String) -> Result<(), DecodeError>,
+) -> anyhow::Result<StrategyStats> {
+    let by_id: HashMap<RequestId, (&InstructionRecord, usize, u32)> = records
+        .iter()
+        .zip(&requests)
+        .map(|(record, r)| (record.id.clone(), (*record, r.request.prompt.len(), r.predicted)))
+        .collect();
+    let predicts = args.strategy != Strategy::Vanilla;
+    let config = args.schedule.config(args.strategy);
+    let model = decoder.model().clone();
+    let mut bar = Bar::new("generate", requests.len() as u64);
+    let (mut done, mut tokens) = (0, 0);
+    let stats = run_strategy(decoder.engine(), requests, &config, &mut |output| {
+        (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
+        bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
+        let Some(&(record, prompt_tokens, predicted)) = by_id.get(&output.id) else { return Ok(()) };
+        let id = output.id.clone();
+        let response = LocalDecoder::response_of(&model, output)?;
+        let answer = Answer::new(response, predicts.then_some(predicted));
+        on_line(id, answer_line(&answer, record, prompt_tokens).trim_end().to_owned())
+    })?;
+    bar.finish();
+    Ok(stats)
+}

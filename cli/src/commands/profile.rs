@@ -1,0 +1,119 @@
+//! `profile`: what prefill and a decode step cost on this device.
+
+use std::num::NonZeroUsize;
+use std::time::Instant;
+
+use clap::Args;
+use lengthwise_core::SamplingParams;
+use lengthwise_decoder::{Engine, PredictedRequest, SequenceRequest, run_strategy};
+use lengthwise_model::LoadedModel;
+use lengthwise_scheduler::{ScheduleConfig, Strategy};
+use serde::{Deserialize, Serialize};
+
+use crate::args::Global;
+use crate::inputs::CacheArgs;
+use crate::output::{print, print_json};
+use crate::progress::Bar;
+use crate::table::Table;
+
+/// Flags of `profile`.
+#[derive(Args)]
+pub struct ProfileArgs {
+    /// Batch sizes, with commas
+    #[arg(long, value_delimiter = ',', default_value = "1,4,16,64,128")]
+    batch_sizes: Vec<NonZeroUsize>,
+    /// Contexts in tokens, with commas
+    #[arg(long, value_delimiter = ',', default_value = "32,128,512")]
+    contexts: Vec<usize>,
+    /// Decode steps that are timed together
+    #[arg(long, default_value_t = 16)]
+    steps: u32,
+    #[command(flatten)]
+    cache: CacheArgs,
+}
+
+/// What one batch size at one context costs.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ProfilePoint {
+    /// Sequences.
+    pub batch_size: usize,
+    /// Tokens of each before the timed steps.
+    pub context: usize,
+    /// Time to run all prompts, in milliseconds.
+    pub prefill_ms: f64,
+    /// Time of one decode step, in milliseconds.
+    pub step_ms: f64,
+}
+
+pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
+    let model = global.open_model()?;
+    let points = measure(&model, args)?;
+    if global.json {
+        return print_json(&serde_json::json!({"model": model.name, "points": points}));
+    }
+    let header = vec!["batch", "context", "prefill ms", "step ms", "tokens/s"];
+    let mut table = Table { header, rows: Vec::new() };
+    for p in &points {
+        table.rows.push(vec![
+            p.batch_size.to_string(),
+            p.context.to_string(),
+            format!("{:.2}", p.prefill_ms),
+            format!("{:.3}", p.step_ms),
+            format!("{:.0}", p.batch_size as f64 / p.step_ms * 1000.0),
+        ]);
+    }
+    print(&table.text())
+}
+
+fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<ProfilePoint>> {
+    let most = model.network.config().max_position_embeddings.saturating_sub(args.steps as usize + 1);
+    let eos = model.tokenizer.eos().to_vec();
+    let mut engine = Engine::new(model.network.clone(), None, eos, args.cache.engine())?;
+    let mut points = Vec::new();
+    let mut bar = Bar::new("profile", (args.batch_sizes.len() * args.contexts.len()) as u64);
+    for batch_size in &args.batch_sizes {
+        for &context in &args.contexts {
+            let context = context.clamp(1, most);
+            if batch_size.get() * (context + args.steps as usize + 1) > engine.cache_tokens() {
+                tracing::warn!("batch {batch_size} at context {context} does not fit the KV cache: left out");
+                continue;
+            }
+            points.push(profile_point(&mut engine, batch_size.get(), context, args.steps)?);
+            bar.set(points.len() as u64, |_| format!("batch {batch_size}, context {context}"));
+        }
+    }
+    bar.finish();
+    Ok(points)
+}
+
+/// Times a batch whose sequences all have `context` tokens: once up to the first token, once `steps` further.
+pub fn profile_point(
+    engine: &mut Engine,
+    batch_size: usize,
+    context: usize,
+    steps: u32,
+) -> anyhow::Result<ProfilePoint> {
+    let vocab = engine.model().config().vocab_size as u32;
+    let mut time = |tokens: u32| -> anyhow::Result<f64> {
+        let request = |i: usize| SequenceRequest {
+            id: i.to_string().into(),
+            prompt: (0..context as u32).map(|t| (t * 7 + i as u32) % vocab).collect(),
+            max_new_tokens: tokens,
+            sampling: SamplingParams::GREEDY,
+            replay_tokens: Some(tokens),
+        };
+        let requests =
+            (0..batch_size).map(|i| PredictedRequest { request: request(i), predicted: tokens }).collect();
+        let batch_size = NonZeroUsize::new(batch_size).unwrap_or(NonZeroUsize::MIN);
+        let config =
+            ScheduleConfig { batch_size, group_size: batch_size, ..ScheduleConfig::new(Strategy::Vanilla) };
+        let began = Instant::now();
+        run_strategy(engine, requests, &config, &mut |_| Ok(()))?;
+        Ok(began.elapsed().as_secs_f64() * 1000.0)
+    };
+    // The first run only warms up.
+    time(1)?;
+    let prefill_ms = time(1)?;
+    let whole = time(1 + steps)?;
+    Ok(ProfilePoint { batch_size, context, prefill_ms, step_ms: (whole - prefill_ms).max(0.0) / f64::from(steps) })
+}

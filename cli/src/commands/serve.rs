@@ -1,0 +1,137 @@
+//! `serve`: the gRPC predictor.
+
+use std::future::Future;
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::Context;
+use axum::Router;
+use axum::routing::get;
+use clap::Args;
+use lengthwise_core::LengthPredictor;
+use lengthwise_model::LoadedModel;
+use lengthwise_predictor::{BatchingConfig, ConstantPredictor, PredictorServer, Question, ServerInfo};
+use metrics_exporter_prometheus::PrometheusBuilder;
+use tokio::net::TcpListener;
+
+use crate::args::Global;
+use crate::output::print_json;
+use crate::predictions::local_predictor;
+
+/// Flags of `serve`.
+#[derive(Args)]
+pub struct ServeArgs {
+    /// A length adapter; without one the untuned model is asked (PiA)
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+    /// Say this length of every prompt, without a model
+    #[arg(long, conflicts_with = "adapter")]
+    constant: Option<u32>,
+    /// Address to listen on; port 0 takes a free one
+    #[arg(long, default_value = "127.0.0.1:50051")]
+    listen: String,
+    /// Address for Prometheus metrics over HTTP, at /metrics
+    #[arg(long)]
+    metrics_listen: Option<String>,
+    /// Cap on an estimate, in tokens; also what stands in where the model's answer is no number
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: u32,
+    /// Most requests in one forward pass
+    #[arg(long, default_value_t = BatchingConfig::default().max_batch_requests)]
+    max_batch_requests: NonZeroUsize,
+    /// Most prompt tokens in one forward pass, estimated
+    #[arg(long, default_value_t = BatchingConfig::default().max_batch_tokens)]
+    max_batch_tokens: usize,
+    /// Longest time a request waits for others, in milliseconds
+    #[arg(long, default_value_t = 2)]
+    max_wait_ms: u64,
+    /// Requests that may wait; beyond them callers are turned away
+    #[arg(long, default_value_t = BatchingConfig::default().capacity)]
+    queue_capacity: NonZeroUsize,
+}
+
+pub fn run(global: &Global, args: &ServeArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(async {
+        // Bound first: a port in use is known before the model is loaded.
+        let server = PredictorServer::bind(&args.listen).await?;
+        let metrics = match &args.metrics_listen {
+            Some(address) => Some(bind_metrics(address).await?),
+            None => None,
+        };
+        let (predictor, info) = predictor(global, args)?;
+        let address = server.address();
+        tracing::info!("{} ({}) listening on {address}", info.model, info.method);
+        let metrics_address = metrics.as_ref().map(|listener| listener.local_addr()).transpose()?;
+        if global.json {
+            print_json(&serde_json::json!({"listening": address, "metrics": metrics_address}))?;
+        }
+        if let Some(listener) = metrics {
+            serve_metrics(listener)?;
+        }
+        let batching = BatchingConfig {
+            max_batch_requests: args.max_batch_requests,
+            max_batch_tokens: args.max_batch_tokens,
+            max_wait: Duration::from_millis(args.max_wait_ms),
+            capacity: args.queue_capacity,
+        };
+        server.serve(predictor, batching, info, stop_signal()?).await?;
+        Ok(())
+    })
+}
+
+fn predictor(global: &Global, args: &ServeArgs) -> anyhow::Result<(Box<dyn LengthPredictor>, ServerInfo)> {
+    let cap = args.max_new_tokens;
+    if let Some(max_tokens) = args.constant {
+        let info = ServerInfo {
+            model: String::new(),
+            adapter: String::new(),
+            method: "constant".to_owned(),
+            max_new_tokens: cap,
+            max_prompt_tokens: u32::MAX,
+        };
+        return Ok((Box::new(ConstantPredictor { max_tokens }), info));
+    }
+    let model = global.open_model()?;
+    let question = if args.adapter.is_some() { Question::Length } else { Question::Pia };
+    let info = info(&model, args, question);
+    Ok((Box::new(local_predictor(&model, args.adapter.as_deref(), question, cap)?), info))
+}
+
+fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> ServerInfo {
+    ServerInfo {
+        model: model.name.clone(),
+        adapter: args.adapter.as_ref().map(|p| p.display().to_string()).unwrap_or_default(),
+        method: if question == Question::Length { "adapter" } else { "pia" }.to_owned(),
+        max_new_tokens: args.max_new_tokens,
+        max_prompt_tokens: model.network.config().max_position_embeddings as u32 - 1,
+    }
+}
+
+/// Ends at SIGTERM or Ctrl-C.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+    })
+}
+
+async fn bind_metrics(address: &str) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+}
+
+fn serve_metrics(listener: TcpListener) -> anyhow::Result<()> {
+    let handle = PrometheusBuilder::new().install_recorder().context("metrics cannot be recorded")?;
+    let router = Router::new().route("/metrics", get(move || async move { handle.render() }));
+    tokio::spawn(async move {
+        if let Err(err) = axum::serve(listener, router).await {
+            tracing::warn!("metrics: {err}");
+        }
+    });
+    Ok(())
+}

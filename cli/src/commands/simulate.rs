@@ -1,0 +1,79 @@
+//! `simulate`: strategies on known lengths.
+
+use std::path::PathBuf;
+
+use anyhow::bail;
+use clap::Args;
+use lengthwise_core::RequestId;
+use lengthwise_scheduler::{SimulatedRequest, Strategy, StrategyReport, simulate};
+use lengthwise_train::files::{LengthRecord, read_lengths};
+
+use crate::args::Global;
+use crate::inputs::{ScheduleArgs, actual_length};
+use crate::output::{print, print_json};
+use crate::predictions;
+use crate::table::Table;
+
+/// Flags of `simulate`.
+#[derive(Args)]
+pub struct SimulateArgs {
+    /// Recorded lengths: lengths.jsonl or the published JSON array
+    #[arg(long)]
+    lengths: PathBuf,
+    /// vanilla, po, seqsch, oracle or continuous; several with commas
+    #[arg(long, value_delimiter = ',', default_value = "vanilla,seqsch,oracle,continuous")]
+    strategy: Vec<Strategy>,
+    #[command(flatten)]
+    schedule: ScheduleArgs,
+    /// Only the first N requests of the file
+    #[arg(long)]
+    num: Option<usize>,
+    /// Which recorded sample is the one that is generated: t0.0, t0.3, …
+    #[arg(long, default_value = "t0.0")]
+    actual: String,
+    /// Predictions: a JSONL file of {"id", "max_tokens"} [default: the true largest lengths]
+    #[arg(long, conflicts_with = "noise_mae")]
+    predictions: Option<PathBuf>,
+    /// Predictions: the true largest lengths, disturbed to this mean absolute error
+    #[arg(long)]
+    noise_mae: Option<f64>,
+}
+
+pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
+    let mut records = read_lengths(&args.lengths)?;
+    records.truncate(args.num.unwrap_or(usize::MAX));
+    let mut report = StrategyReport::default();
+    for &strategy in &args.strategy {
+        let requests = requests(global, args, &records, strategy)?;
+        let config = args.schedule.config(strategy);
+        report.strategies.push(simulate(&requests, &config)?.row(&config, None));
+    }
+    match global.json {
+        true => print_json(&report),
+        false => print(&Table::strategies(&report.strategies).text()),
+    }
+}
+
+fn requests(
+    global: &Global,
+    args: &SimulateArgs,
+    records: &[LengthRecord],
+    strategy: Strategy,
+) -> anyhow::Result<Vec<SimulatedRequest>> {
+    let cap = args.schedule.max_new_tokens;
+    let largest: Vec<u32> = records.iter().map(|r| r.largest().min(cap)).collect();
+    let predicted = match (strategy, &args.predictions, args.noise_mae) {
+        // The oracle knows, whatever the others are told.
+        (Strategy::Oracle, _, _) | (_, None, None) => largest,
+        (_, Some(path), _) => {
+            let ids: Vec<RequestId> = records.iter().map(|r| r.id.clone()).collect();
+            predictions::from_file(path, &ids)?
+        }
+        (_, None, Some(mae)) if mae.is_finite() && mae >= 0.0 => predictions::disturb(&largest, mae, cap, global.seed),
+        (_, None, Some(mae)) => bail!("--noise-mae is {mae}, it must be a number of tokens, 0 or more"),
+    };
+    let request = |(record, predicted): (&LengthRecord, u32)| {
+        Ok(SimulatedRequest { id: record.id.clone(), actual: actual_length(record, &args.actual)?, predicted })
+    };
+    records.iter().zip(predicted).map(request).collect()
+}

@@ -1,0 +1,165 @@
+//! `train`: tune an adapter.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use lengthwise_core::Prompt;
+use lengthwise_model::{LENGTH_QUESTION, LoadedModel, LoraConfig, TargetModules};
+use lengthwise_train::files::{Pair, read_pairs};
+use lengthwise_train::lora_training::{LoraTrainingConfig, TrainExample, TrainOutcome, TrainRun, train};
+use lengthwise_train::optim::Schedule;
+
+use crate::args::Global;
+use crate::output::print_json;
+use crate::progress::{Bar, rate};
+
+/// Flags of `train`; the defaults are the published settings.
+#[derive(Args)]
+pub struct TrainArgs {
+    /// Pairs to train on, pairs.jsonl
+    #[arg(long)]
+    data: PathBuf,
+    /// Folder for the adapter, in PEFT's format
+    #[arg(long)]
+    output: PathBuf,
+    /// Pairs to evaluate on; the best adapter is kept
+    #[arg(long)]
+    eval_data: Option<PathBuf>,
+    /// Go on from the last checkpoint in the output folder
+    #[arg(long)]
+    resume: bool,
+    /// Rank
+    #[arg(long, default_value_t = 8)]
+    lora_r: usize,
+    /// The low-rank term is multiplied by alpha / r
+    #[arg(long, default_value_t = 16.0)]
+    lora_alpha: f64,
+    /// Share of the low-rank term's inputs that is dropped
+    #[arg(long, default_value_t = 0.05)]
+    lora_dropout: f64,
+    /// Multiply by alpha / sqrt(r) instead
+    #[arg(long)]
+    use_rslora: bool,
+    /// Linear layers to adapt, with commas, or all-linear
+    #[arg(long, default_value = "q_proj,v_proj")]
+    target_modules: TargetModules,
+    /// Passes over the data
+    #[arg(long, default_value_t = 3)]
+    epochs: usize,
+    /// Most optimiser steps
+    #[arg(long)]
+    max_steps: Option<usize>,
+    /// Peak learning rate
+    #[arg(long, default_value_t = 2e-5)]
+    learning_rate: f64,
+    /// How it falls after the warm-up
+    #[arg(long, value_enum, default_value_t = SchedulerArg::Cosine)]
+    lr_scheduler: SchedulerArg,
+    /// Share of the steps in which it rises
+    #[arg(long, default_value_t = 0.03)]
+    warmup_ratio: f64,
+    /// Examples in one forward pass
+    #[arg(long, default_value_t = 16)]
+    batch_size: usize,
+    /// Forward passes per optimiser step
+    #[arg(long, default_value_t = 2)]
+    gradient_accumulation_steps: usize,
+    /// Largest joint norm of a step's gradients; 0: not clipped
+    #[arg(long, default_value_t = 1.0)]
+    max_grad_norm: f64,
+    /// Weight decay of AdamW
+    #[arg(long, default_value_t = 0.0)]
+    weight_decay: f64,
+    /// Steps between checkpoints
+    #[arg(long, default_value_t = 100)]
+    save_steps: usize,
+    /// Steps between evaluations
+    #[arg(long, default_value_t = 100)]
+    eval_steps: usize,
+}
+
+/// Schedules by name.
+#[derive(Clone, Copy, ValueEnum)]
+enum SchedulerArg {
+    Cosine,
+    Linear,
+    Constant,
+}
+
+impl TrainArgs {
+    fn config(&self, seed: u64) -> LoraTrainingConfig {
+        LoraTrainingConfig {
+            lora: LoraConfig {
+                r: self.lora_r,
+                lora_alpha: self.lora_alpha,
+                lora_dropout: self.lora_dropout,
+                use_rslora: self.use_rslora,
+                target_modules: self.target_modules.clone(),
+            },
+            epochs: self.epochs,
+            max_steps: self.max_steps,
+            learning_rate: self.learning_rate,
+            schedule: match self.lr_scheduler {
+                SchedulerArg::Cosine => Schedule::Cosine,
+                SchedulerArg::Linear => Schedule::Linear,
+                SchedulerArg::Constant => Schedule::Constant,
+            },
+            warmup_ratio: self.warmup_ratio,
+            batch_size: self.batch_size,
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
+            max_grad_norm: self.max_grad_norm,
+            weight_decay: self.weight_decay,
+            seed,
+            save_steps: self.save_steps,
+            eval_steps: self.eval_steps,
+        }
+    }
+}
+
+pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {
+    let data = read_pairs(&args.data)?;
+    let eval = args.eval_data.as_deref().map(read_pairs).transpose()?.unwrap_or_default();
+    let model = global.open_model()?;
+    let config = args.config(global.seed);
+    let outcome = train_with_bar(&model, &args.output, args.resume, &config, &data, &eval)?;
+    tracing::info!("adapter of step {} written to {}", outcome.best_step, args.output.display());
+    match global.json {
+        true => print_json(&serde_json::json!({
+            "output": args.output, "steps": outcome.steps, "best_step": outcome.best_step,
+            "eval_loss": outcome.eval_loss,
+        })),
+        false => Ok(()),
+    }
+}
+
+/// Trains under a progress bar.
+pub fn train_with_bar(
+    model: &LoadedModel,
+    output: &Path,
+    resume: bool,
+    config: &LoraTrainingConfig,
+    data: &[Pair],
+    eval: &[Pair],
+) -> anyhow::Result<TrainOutcome> {
+    let examples = |pairs: &[Pair]| -> Vec<TrainExample> {
+        let example = |pair: &Pair| TrainExample {
+            prompt: Prompt::Instruction(format!("{}{LENGTH_QUESTION}", pair.instruction)),
+            answer: pair.label.to_string(),
+        };
+        pairs.iter().map(example).collect()
+    };
+    let run = TrainRun { model, output: output.to_owned(), resume };
+    let mut bar: Option<Bar> = None;
+    let mut tokens = 0;
+    let outcome = train(&run, config, &examples(data), &examples(eval), &mut |p| {
+        tokens += p.tokens as u64;
+        let bar = bar.get_or_insert_with(|| Bar::new("train", p.total_steps as u64));
+        bar.set(p.point.step as u64, |elapsed| {
+            format!("loss {:.4}, {:.0} tokens/s", p.point.loss, rate(tokens, elapsed))
+        });
+    })?;
+    if let Some(bar) = bar {
+        bar.finish();
+    }
+    Ok(outcome)
+}

@@ -1,0 +1,98 @@
+//! What several commands read and open in the same way.
+
+use std::collections::HashMap;
+use std::num::NonZeroUsize;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context;
+use clap::Args;
+use lengthwise_core::RequestId;
+use lengthwise_decoder::{EngineConfig, LocalDecoder};
+use lengthwise_model::{Adapter, LoadedModel};
+use lengthwise_scheduler::{AdmissionOrder, ScheduleConfig, Strategy};
+use lengthwise_train::files::{LengthRecord, read_lengths};
+
+/// How requests are scheduled.
+#[derive(Args, Clone)]
+pub struct ScheduleArgs {
+    /// Variable batch size: the shorter the prediction, the larger the batch
+    #[arg(long)]
+    pub vbs: bool,
+    /// Failure collection and recomputation: a batch stops at its largest prediction
+    #[arg(long)]
+    pub fcr: bool,
+    /// Requests that are planned together
+    #[arg(long, default_value = "256")]
+    pub group_size: NonZeroUsize,
+    /// Sequences in a batch; slots of the continuous mode
+    #[arg(long, default_value = "16")]
+    pub batch_size: NonZeroUsize,
+    /// Cap on every answer, in tokens
+    #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_new_tokens: u32,
+    /// Order in which the continuous mode admits: fcfs, sjf or ljf (by predicted length)
+    #[arg(long, default_value = "ljf")]
+    pub order: AdmissionOrder,
+}
+
+impl ScheduleArgs {
+    /// The schedule of one strategy.
+    pub fn config(&self, strategy: Strategy) -> ScheduleConfig {
+        ScheduleConfig {
+            batch_size: self.batch_size,
+            group_size: self.group_size,
+            max_new_tokens: self.max_new_tokens,
+            order: self.order,
+            ..ScheduleConfig::new(strategy)
+        }
+        .with(self.vbs, self.fcr)
+    }
+}
+
+/// Size of the KV cache.
+#[derive(Args, Clone, Copy)]
+pub struct CacheArgs {
+    /// Tokens that the KV cache holds [default: what fits 1 GiB]
+    #[arg(long)]
+    pub kv_cache_tokens: Option<usize>,
+}
+
+impl CacheArgs {
+    /// The engine's settings.
+    pub fn engine(self) -> EngineConfig {
+        EngineConfig { kv_cache_tokens: self.kv_cache_tokens, ..EngineConfig::default() }
+    }
+}
+
+/// Sequences that run at once where it is not the user's to say: enough to fill a CPU.
+pub fn default_slots() -> NonZeroUsize {
+    NonZeroUsize::new(64).expect("64 is not 0")
+}
+
+/// A decoder on the model, with the adapter in a folder or without.
+pub fn local_decoder(
+    model: &LoadedModel,
+    adapter: Option<&Path>,
+    slots: NonZeroUsize,
+    config: EngineConfig,
+) -> anyhow::Result<LocalDecoder> {
+    let load = |path: &Path| Adapter::load(path, model.network.config(), model.network.device());
+    let adapter = adapter.map(load).transpose()?.map(Arc::new);
+    Ok(LocalDecoder::new(model.clone(), adapter, slots, config)?)
+}
+
+/// True largest length of every request in a lengths file, cut at `cap`.
+pub fn largest_lengths(path: &Path, cap: u32) -> anyhow::Result<HashMap<RequestId, u32>> {
+    Ok(read_lengths(path)?.into_iter().map(|r| (r.id.clone(), r.largest().min(cap))).collect())
+}
+
+/// The recorded sample that `--actual` names: `t0.0`, `t0.3`, …
+pub fn actual_length(record: &LengthRecord, actual: &str) -> anyhow::Result<u32> {
+    let temperature: f32 = actual
+        .strip_prefix('t')
+        .and_then(|t| t.parse().ok())
+        .with_context(|| format!("--actual is \"{actual}\", expected t0.0 or another temperature"))?;
+    let sample = record.at_temperature(temperature);
+    Ok(sample.with_context(|| format!("record {} has no sample at temperature {temperature}", record.id))?.tokens)
+}

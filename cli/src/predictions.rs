@@ -1,0 +1,111 @@
+//! Where predicted lengths come from.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, RequestId};
+use lengthwise_model::LoadedModel;
+use lengthwise_predictor::{ConstantPredictor, FallbackPredictor, LlmPredictor, Question, RemotePredictor};
+use lengthwise_scheduler::Strategy;
+use lengthwise_train::files::read_predictions;
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+use crate::inputs::{CacheArgs, default_slots, local_decoder};
+
+/// Sources of predictions.
+#[derive(Args, Clone, Default)]
+pub struct PredictionArgs {
+    /// A running predictor, http://host:port
+    #[arg(long)]
+    pub predictor: Option<String>,
+    /// A length adapter, run in this process on the same weights
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// A JSONL file of {"id", "max_tokens"}
+    #[arg(long)]
+    pub predictions: Option<PathBuf>,
+}
+
+/// Inputs that one call predicts.
+const CHUNK: usize = 256;
+
+/// A predictor that runs the model in this process.
+pub fn local_predictor(
+    model: &LoadedModel,
+    adapter: Option<&Path>,
+    question: Question,
+    fallback: u32,
+) -> anyhow::Result<LlmPredictor> {
+    let decoder = local_decoder(model, adapter, default_slots(), CacheArgs { kv_cache_tokens: None }.engine())?;
+    Ok(LlmPredictor::new(decoder, question, fallback))
+}
+
+/// The predictor that the flags and the strategy name; `None` where predictions are read from a file or not needed.
+pub fn predictor_for(
+    strategy: Strategy,
+    args: &PredictionArgs,
+    model: &LoadedModel,
+    cap: u32,
+) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
+    if strategy == Strategy::Po {
+        return Ok(Some(Box::new(local_predictor(model, None, Question::Pia, cap)?)));
+    }
+    if strategy == Strategy::Vanilla || args.predictions.is_some() {
+        return Ok(None);
+    }
+    if let Some(url) = &args.predictor {
+        let remote = RemotePredictor::connect(url)?;
+        return Ok(Some(Box::new(FallbackPredictor::new(remote, cap))));
+    }
+    if let Some(path) = &args.adapter {
+        return Ok(Some(Box::new(local_predictor(model, Some(path), Question::Length, cap)?)));
+    }
+    match strategy {
+        // Without predictions the continuous mode admits by the cap.
+        Strategy::Continuous => Ok(Some(Box::new(ConstantPredictor { max_tokens: cap }))),
+        Strategy::Oracle => bail!("oracle needs the true lengths: give --predictions or --lengths"),
+        _ => bail!("{strategy} needs predicted lengths: give --predictor, --adapter or --predictions"),
+    }
+}
+
+/// Predictions of a file; every id must be there.
+pub fn from_file(path: &Path, ids: &[RequestId]) -> anyhow::Result<Vec<u32>> {
+    let predictions = read_predictions(path)?;
+    look_up(&predictions, ids, path)
+}
+
+/// The lengths of `ids` in a table read from `path`.
+pub fn look_up(table: &HashMap<RequestId, u32>, ids: &[RequestId], path: &Path) -> anyhow::Result<Vec<u32>> {
+    let one = |id| table.get(id).copied().with_context(|| format!("{} has no length for request {id}", path.display()));
+    ids.iter().map(one).collect()
+}
+
+/// Asks a predictor for every prompt. One that cannot be predicted gets the cap, with a warning.
+pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) -> anyhow::Result<Vec<LengthEstimate>> {
+    let mut estimates = Vec::with_capacity(prompts.len());
+    for chunk in prompts.chunks(CHUNK) {
+        let input = |prompt: &Prompt| PredictInput { prompt: prompt.clone(), max_new_tokens: cap };
+        let inputs: Vec<PredictInput> = chunk.iter().map(input).collect();
+        estimates.extend(predictor.predict(&inputs)?.into_iter().map(|result| {
+            result.unwrap_or_else(|err| {
+                tracing::warn!("a length could not be predicted ({err}); going on with the cap of {cap}");
+                LengthEstimate::fallback(cap)
+            })
+        }));
+    }
+    Ok(estimates)
+}
+
+/// True lengths disturbed so that their mean absolute error is `mae`: Laplace noise, whose mean absolute value is its
+/// scale. Never below 1 nor above `cap`.
+pub fn disturb(lengths: &[u32], mae: f64, cap: u32, seed: u64) -> Vec<u32> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let mut noise = || {
+        let uniform: f64 = rng.random_range(-0.5..0.5);
+        -mae * uniform.signum() * (1.0 - 2.0 * uniform.abs()).max(f64::MIN_POSITIVE).ln()
+    };
+    lengths.iter().map(|&l| (f64::from(l) + noise()).round().clamp(1.0, f64::from(cap)) as u32).collect()
+}
