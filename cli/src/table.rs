@@ -7,7 +7,7 @@ use lengthwise_train::PredictorRow;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Table {
     /// What the columns hold.
-    pub header: Vec<String>,
+    pub header: Vec<&'static str>,
     /// The cells.
     pub rows: Vec<Vec<String>>,
 }
@@ -56,7 +56,7 @@ impl Table {
         let used: Vec<&Column<R>> = columns.iter().filter(|(_, cell)| rows.iter().any(|r| cell(r).is_some())).collect();
         let row = |row: &R| used.iter().map(|(_, cell)| cell(row).unwrap_or_else(|| "–".to_owned())).collect();
         Self {
-            header: used.iter().map(|(name, _)| (*name).to_owned()).collect(),
+            header: used.iter().map(|(name, _)| *name).collect(),
             rows: rows.iter().map(row).collect(),
         }
     }
@@ -72,7 +72,7 @@ impl Table {
             cells.enumerate().map(pad).collect::<Vec<_>>().join("  ")
         };
         let rule = "-".repeat(widths.iter().sum::<usize>() + 2 * widths.len().saturating_sub(1));
-        let mut lines = vec![line(&mut self.header.iter().map(String::as_str)), rule];
+        let mut lines = vec![line(&mut self.header.iter().copied()), rule];
         lines.extend(self.rows.iter().map(|row| line(&mut row.iter().map(String::as_str))));
         lines.iter().map(|line| format!("{}\n", line.trim_end())).collect()
     }
@@ -81,22 +81,6 @@ impl Table {
         let cells = self.rows.iter().map(|row| row[column].chars().count());
         cells.chain([self.header[column].chars().count()]).max().unwrap_or(0)
     }
-}
-
-/// The results of strategies, as text.
-pub fn strategies(rows: &[StrategyRow]) -> String {
-    Table::strategies(rows).text()
-}
-
-/// The results of predictors, as text.
-pub fn predictors(rows: &[PredictorRow]) -> String {
-    Table::predictors(rows).text()
-}
-
-/// Any table as text; the first row is the header, and all rows have as many cells.
-pub fn aligned(rows: &[Vec<String>]) -> String {
-    let (header, rows) = rows.split_first().map_or_else(Default::default, |(header, rows)| (header.clone(), rows.to_vec()));
-    Table { header, rows }.text()
 }
 
 /// A column's name and how a row's cell is made; `None` where the row has no such value.
@@ -169,17 +153,11 @@ oracle + vbs + fcr     16         4       2.00       286       286.00     50.0 %
     #[test]
     fn columns_without_a_value_are_left_out() {
         let simulated = Table::strategies(&rows(None));
-        assert!(!simulated.header.iter().any(|name| name == "samples/s"), "{:?}", simulated.header);
+        assert!(!simulated.header.contains(&"samples/s"), "{:?}", simulated.header);
         let predictor = lengthwise_train::evaluate("constant", &[(100, 10), (100, 151)]);
         let table = Table::predictors(&[predictor]);
         assert_eq!(table.header, ["predictor", "n", "error", "acc-50", "acc-100", "too low"]);
         assert_eq!(table.rows[0], ["constant", "2", "70.5", "0.0 %", "100.0 %", "50.0 %"]);
-    }
-
-    #[test]
-    fn the_first_of_the_rows_is_the_header() {
-        let rows = [["text", "tokens"], ["ab", "50"]].map(|row| row.map(str::to_owned).to_vec());
-        assert_eq!(aligned(&rows), "text  tokens\n------------\nab        50\n");
     }
 
     #[test]

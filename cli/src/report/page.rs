@@ -51,7 +51,7 @@ fn table(table: &Table) -> String {
         let cells: String = cells.map(|cell| format!("<{tag}>{}</{tag}>", escape(cell))).collect();
         format!("<tr>{cells}</tr>\n")
     };
-    let head = cells("th", &mut table.header.iter().map(String::as_str));
+    let head = cells("th", &mut table.header.iter().copied());
     let rows: String = table.rows.iter().map(|row| cells("td", &mut row.iter().map(String::as_str))).collect();
     format!("<div class=\"table\"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}</tbody>\n</table></div>")
 }
