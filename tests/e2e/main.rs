@@ -1,1 +1,5 @@
-//! End-to-end tests of the binary.
+//! End-to-end tests of the binary, and of the rules between the crates.
+
+mod architecture;
+mod cli;
+mod support;
