@@ -45,7 +45,9 @@ impl<U: prost::Message + Default> Decoder for WireDecoder<U> {
     type Error = Status;
 
     fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<U>, Status> {
-        self.0.decode(buf).map_err(|status| Status::invalid_argument(status.message()))
+        self.0
+            .decode(buf)
+            .map_err(|status| Status::invalid_argument(status.message()))
     }
 
     fn buffer_settings(&self) -> BufferSettings {
