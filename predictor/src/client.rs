@@ -1,157 +1,251 @@
-//! A predictor elsewhere, and what stands in when it goes away.
+//! A predictor elsewhere.
 
-use std::time::Duration;
+use std::error::Error;
+use std::future::Future;
+use std::time::{Duration, Instant};
 
-use lengthwise_core::{LengthEstimate, LengthPredictor, PredictError, PredictInput, Prompt, Quantile};
+use lengthwise_core::{LengthEstimate, LengthPredictor, PredictError, PredictInput};
 use lengthwise_proto::v1;
 use lengthwise_proto::v1::length_predictor_client::LengthPredictorClient;
-use lengthwise_proto::v1::predict_request::Input;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
+use tonic::{Code, Request, Status};
 
-/// Requests in one call.
-const BATCH: usize = 64;
-/// Longest wait for one call's answers.
+use crate::wire;
+
+/// Most requests in one call.
+const CALL_REQUESTS: usize = 64;
+/// Most prompt text in one call, in bytes: a gRPC server takes messages of 4 MiB.
+const CALL_BYTES: usize = 2 << 20;
+/// Longest wait for one call's answers, its repetitions counted in.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Longest wait for a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Tries of a call while the service is unavailable or overloaded.
 const MAX_ATTEMPTS: u32 = 4;
 /// Wait after the first failed try; doubled after each further one.
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
 
-/// Asks a predictor service over gRPC.
+/// Asks a predictor service over gRPC. It blocks, and may be used inside an asynchronous runtime as well as outside one.
 pub struct RemotePredictor {
     url: String,
-    runtime: Runtime,
     client: LengthPredictorClient<Channel>,
+    info: v1::GetModelInfoResponse,
+    timeout: Duration,
+    /// Only `None` while it is dropped.
+    runtime: Option<Runtime>,
 }
 
 impl RemotePredictor {
-    /// Connects to `http://host:port`.
+    /// Connects to `http://host:port` or `host:port`, and asks what is served there.
     ///
     /// # Errors
-    /// The address is malformed, or nobody answers there.
+    /// The address is malformed, or no length predictor answers there.
     pub fn connect(url: &str) -> Result<Self, PredictError> {
-        let failed = |reason: String| PredictError::Remote { endpoint: url.to_owned(), reason };
-        let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let endpoint = Endpoint::from_shared(full).map_err(|err| failed(err.to_string()))?;
-        let endpoint = endpoint.connect_timeout(Duration::from_secs(5));
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .map_err(|err| failed(err.to_string()))?;
-        let channel = runtime.block_on(endpoint.connect()).map_err(|err| failed(innermost(&err)))?;
-        Ok(Self { url: url.to_owned(), client: LengthPredictorClient::new(channel), runtime })
-    }
-
-    /// What is being served there.
-    ///
-    /// # Errors
-    /// The service does not answer.
-    pub fn model_info(&mut self) -> Result<v1::GetModelInfoResponse, PredictError> {
-        let call = self.client.get_model_info(v1::GetModelInfoRequest {});
-        let result = self.runtime.block_on(call).map(tonic::Response::into_inner);
-        result.map_err(|status| self.failed(&status))
-    }
-
-    fn failed(&self, status: &Status) -> PredictError {
-        let reason = format!("{:?}: {}", status.code(), status.message());
-        PredictError::Remote { endpoint: self.url.clone(), reason }
-    }
-
-    fn call(&mut self, inputs: &[PredictInput]) -> Result<Vec<v1::PredictResponse>, PredictError> {
-        let requests: Vec<v1::PredictRequest> = inputs.iter().enumerate().map(request).collect();
-        let mut backoff = FIRST_BACKOFF;
-        for attempt in 1.. {
-            let mut call = tonic::Request::new(v1::PredictBatchRequest { requests: requests.clone() });
-            call.set_timeout(CALL_TIMEOUT);
-            let status = match self.runtime.block_on(self.client.predict_batch(call)) {
-                Ok(reply) => return Ok(reply.into_inner().responses),
-                Err(status) => status,
-            };
-            let passing = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted);
-            if !passing || attempt >= MAX_ATTEMPTS {
-                return Err(self.failed(&status));
+        let failed = |err: &(dyn Error + 'static)| remote(url, causes(err));
+        let full = if url.contains("://") {
+            url.to_owned()
+        } else {
+            format!("http://{url}")
+        };
+        let endpoint = Endpoint::from_shared(full).map_err(|err| failed(&err))?;
+        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        let builder = builder.worker_threads(1).thread_name("predictor-client").enable_all();
+        let runtime = builder.build().map_err(|err| failed(&err))?;
+        let connecting = async move {
+            let mut client = LengthPredictorClient::new(endpoint.connect().await?);
+            let mut call = Request::new(v1::GetModelInfoRequest {});
+            call.set_timeout(CONNECT_TIMEOUT);
+            let info = client.get_model_info(call).await?.into_inner();
+            Ok::<_, Box<dyn Error + Send + Sync>>((client, info))
+        };
+        let connected = wait(&runtime, connecting);
+        let (client, info) = match connected {
+            Some(Ok(connected)) => connected,
+            Some(Err(err)) => {
+                runtime.shutdown_background();
+                return Err(failed(&*err));
             }
-            std::thread::sleep(backoff);
-            backoff *= 2;
+            None => return Err(remote(url, "the connection was dropped".to_owned())),
+        };
+        Ok(Self {
+            url: url.to_owned(),
+            client,
+            info,
+            timeout: CALL_TIMEOUT,
+            runtime: Some(runtime),
+        })
+    }
+
+    /// Waits for the answers of one call (64 requests) no longer than `timeout`; 60 s otherwise.
+    #[must_use]
+    pub fn with_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// What was being served there when the connection was made.
+    pub fn model_info(&self) -> &v1::GetModelInfoResponse {
+        &self.info
+    }
+
+    fn wait<T: Send + 'static>(
+        &self,
+        call: impl Future<Output = Result<T, Status>> + Send + 'static,
+    ) -> Result<T, Status> {
+        let runtime = self.runtime.as_ref();
+        let result = runtime.and_then(|runtime| wait(runtime, call));
+        result.unwrap_or_else(|| Err(Status::internal("the client's runtime has ended")))
+    }
+
+    /// One call's answers; where the server refuses one of the requests, each is asked alone so that it fails alone.
+    /// The error is the reason.
+    fn call(&self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, String> {
+        let max = self.info.max_new_tokens;
+        let requests: Vec<_> = inputs
+            .iter()
+            .enumerate()
+            .map(|(i, p)| wire::request(i.to_string(), p, max))
+            .collect();
+        let until = Instant::now() + self.timeout;
+        let batch = v1::PredictBatchRequest {
+            requests: requests.clone(),
+        };
+        let client = self.client.clone();
+        let result = self.wait(repeat(until, move |timeout| {
+            let (mut client, call) = (client.clone(), timed(batch.clone(), timeout));
+            async move { client.predict_batch(call).await }
+        }));
+        match result {
+            Ok(reply) if reply.responses.len() == inputs.len() => {
+                let estimates = reply.responses.into_iter().zip(inputs);
+                Ok(estimates
+                    .map(|(r, input)| Ok(wire::estimate(r).capped(input.max_new_tokens)))
+                    .collect())
+            }
+            Ok(reply) => Err(format!("{} answers to {} prompts", reply.responses.len(), inputs.len())),
+            Err(status) if status.code() == Code::InvalidArgument && inputs.len() > 1 => Ok(inputs
+                .iter()
+                .zip(requests)
+                .map(|(input, request)| self.one(input, request))
+                .collect()),
+            Err(status) => Err(reason(&status)),
         }
-        unreachable!("the loop ends by returning")
+    }
+
+    fn one(&self, input: &PredictInput, request: v1::PredictRequest) -> Result<LengthEstimate, PredictError> {
+        let client = self.client.clone();
+        let result = self.wait(repeat(Instant::now() + self.timeout, move |timeout| {
+            let (mut client, call) = (client.clone(), timed(request.clone(), timeout));
+            async move { client.predict(call).await }
+        }));
+        let response = result.map_err(|status| remote(&self.url, reason(&status)))?;
+        Ok(wire::estimate(response).capped(input.max_new_tokens))
     }
 }
 
-fn request((index, input): (usize, &PredictInput)) -> v1::PredictRequest {
-    let prompt = match &input.prompt {
-        Prompt::Instruction(text) => Input::Instruction(text.clone()),
-        Prompt::Chat(messages) => {
-            let message =
-                |m: &lengthwise_core::ChatMessage| v1::ChatMessage { role: m.role.clone(), content: m.content.clone() };
-            Input::Chat(v1::Chat { messages: messages.iter().map(message).collect() })
+impl Drop for RemotePredictor {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            // Dropped as it is, it would panic inside another runtime.
+            runtime.shutdown_background();
         }
-    };
-    v1::PredictRequest { request_id: index.to_string(), input: Some(prompt), max_new_tokens: input.max_new_tokens }
-}
-
-/// The cause at the end of an error's chain: "connection refused" rather than "transport error".
-fn innermost(err: &dyn std::error::Error) -> String {
-    let mut err = err;
-    while let Some(source) = err.source() {
-        err = source;
     }
-    err.to_string()
 }
 
 impl LengthPredictor for RemotePredictor {
-    fn predict(
-        &mut self,
-        inputs: &[PredictInput],
-    ) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
-        let mut estimates = Vec::with_capacity(inputs.len());
-        for chunk in inputs.chunks(BATCH) {
-            let responses = self.call(chunk)?;
-            if responses.len() != chunk.len() {
-                let reason = format!("{} answers to {} prompts", responses.len(), chunk.len());
-                return Err(PredictError::Remote { endpoint: self.url.clone(), reason });
+    fn predict(&mut self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
+        let mut answers = Vec::with_capacity(inputs.len());
+        while answers.len() < inputs.len() {
+            let rest = &inputs[answers.len()..];
+            match self.call(&rest[..call_size(rest)]) {
+                Ok(answered) => answers.extend(answered),
+                Err(reason) if answers.is_empty() => return Err(remote(&self.url, reason)),
+                // What is known is kept; the service has just been asked several times, the rest is given up.
+                Err(reason) => answers.extend(rest.iter().map(|_| Err(remote(&self.url, reason.clone())))),
             }
-            let quantile = |q: v1::Quantile| Quantile { probability: q.probability, tokens: q.tokens };
-            estimates.extend(responses.into_iter().map(|r| {
-                let quantiles = r.quantiles.into_iter().map(quantile).collect();
-                Ok(LengthEstimate { max_tokens: r.max_tokens, quantiles, parsed: r.parsed })
-            }));
         }
-        Ok(estimates)
+        Ok(answers)
     }
 }
 
-/// Never fails as a whole: where the predictor inside does, a stated length stands in, with one warning.
-pub struct FallbackPredictor<P> {
-    inner: P,
-    fallback: u32,
-    warned: bool,
+/// How many of `inputs` go into one call.
+fn call_size(inputs: &[PredictInput]) -> usize {
+    let mut bytes = 0;
+    let fits = |input: &&PredictInput| {
+        bytes += input
+            .prompt
+            .messages()
+            .iter()
+            .map(|turn| turn.role.len() + turn.content.len() + 32)
+            .sum::<usize>();
+        bytes <= CALL_BYTES
+    };
+    inputs.iter().take(CALL_REQUESTS).take_while(fits).count().max(1)
 }
 
-impl<P: LengthPredictor> FallbackPredictor<P> {
-    /// `fallback`: the length, in tokens, that stands in.
-    pub fn new(inner: P, fallback: u32) -> Self {
-        Self { inner, fallback, warned: false }
-    }
+fn timed<T>(message: T, timeout: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(timeout);
+    request
 }
 
-impl<P: LengthPredictor> LengthPredictor for FallbackPredictor<P> {
-    fn predict(
-        &mut self,
-        inputs: &[PredictInput],
-    ) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
-        let err = match self.inner.predict(inputs) {
-            Ok(estimates) => return Ok(estimates),
-            Err(err) => err,
+/// Makes a call until it succeeds, with growing pauses, while the service is away or overloaded. Predictions change
+/// nothing, so that repeating one is safe even where the first try may have arrived.
+async fn repeat<T, F>(until: Instant, call: impl Fn(Duration) -> F) -> Result<T, Status>
+where
+    F: Future<Output = Result<tonic::Response<T>, Status>>,
+{
+    let mut backoff = FIRST_BACKOFF;
+    let mut attempt = 1;
+    loop {
+        let status = match call(until.saturating_duration_since(Instant::now())).await {
+            Ok(reply) => return Ok(reply.into_inner()),
+            Err(status) => status,
         };
-        if !self.warned {
-            tracing::warn!("{err}; going on with a length of {} tokens for every request", self.fallback);
-            self.warned = true;
+        // A source is an error of the transport here: a connection that closed under the call, under various codes.
+        let passing = matches!(status.code(), Code::Unavailable | Code::ResourceExhausted) || status.source().is_some();
+        if !passing || attempt == MAX_ATTEMPTS || Instant::now() + backoff >= until {
+            return Err(status);
         }
-        let stand_in = |input: &PredictInput| Ok(LengthEstimate::fallback(self.fallback).capped(input.max_new_tokens));
-        Ok(inputs.iter().map(stand_in).collect())
+        tokio::time::sleep(backoff).await;
+        backoff *= 2;
+        attempt += 1;
     }
+}
+
+/// Blocks until `future` is done; `None` where it panicked. Unlike `Runtime::block_on` it may be called inside a runtime.
+fn wait<T: Send + 'static>(runtime: &Runtime, future: impl Future<Output = T> + Send + 'static) -> Option<T> {
+    let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+    runtime.spawn(async move { sender.send(future.await) });
+    receiver.recv().ok()
+}
+
+fn remote(url: &str, reason: String) -> PredictError {
+    PredictError::Remote {
+        endpoint: url.to_owned(),
+        reason,
+    }
+}
+
+fn reason(status: &Status) -> String {
+    match status.source() {
+        Some(source) => format!("{:?}: {}", status.code(), causes(source)),
+        None => format!("{:?}: {}", status.code(), status.message()),
+    }
+}
+
+/// An error and its causes, each said once: "transport error: tcp connect error: connection refused".
+fn causes(err: &(dyn Error + 'static)) -> String {
+    let mut text = err.to_string();
+    let mut next = err.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
 }

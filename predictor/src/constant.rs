@@ -10,10 +10,7 @@ pub struct ConstantPredictor {
 }
 
 impl LengthPredictor for ConstantPredictor {
-    fn predict(
-        &mut self,
-        inputs: &[PredictInput],
-    ) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
+    fn predict(&mut self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
         let one = |input: &PredictInput| match input.prompt.is_blank() {
             true => Err(PredictError::EmptyPrompt),
             false => Ok(LengthEstimate::of(self.max_tokens).capped(input.max_new_tokens)),

@@ -48,7 +48,11 @@ impl LlmPredictor {
     /// `decoder` holds the model, with the adapter if there is one; `fallback` is the length, in tokens, that stands in
     /// where the model's answer has no number.
     pub fn new(decoder: LocalDecoder, question: Question, fallback: u32) -> Self {
-        Self { decoder, question, fallback }
+        Self {
+            decoder,
+            question,
+            fallback,
+        }
     }
 
     fn estimate(&self, answer: Option<&String>, cap: u32) -> LengthEstimate {
@@ -60,10 +64,7 @@ impl LlmPredictor {
 }
 
 impl LengthPredictor for LlmPredictor {
-    fn predict(
-        &mut self,
-        inputs: &[PredictInput],
-    ) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
+    fn predict(&mut self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
         let mut requests = Vec::with_capacity(inputs.len());
         let mut refused: HashMap<usize, PredictError> = HashMap::new();
         for (i, input) in inputs.iter().enumerate() {

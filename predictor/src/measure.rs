@@ -13,7 +13,11 @@ pub(crate) struct Measured {
 
 impl Measured {
     pub fn begin(requests: usize) -> Self {
-        Self { began: Instant::now(), requests, code: Code::Cancelled }
+        Self {
+            began: Instant::now(),
+            requests,
+            code: Code::Cancelled,
+        }
     }
 
     pub fn end(mut self, code: Code) {

@@ -14,7 +14,12 @@ pub fn parse_length(answer: &str) -> Option<u32> {
 /// The whole numbers of a line: `1,200` is one, and of `12.5` the fraction is dropped.
 fn numbers(line: &str) -> Vec<u32> {
     let bytes = line.as_bytes();
-    let digits = |from: usize| bytes[from.min(bytes.len())..].iter().take_while(|b| b.is_ascii_digit()).count();
+    let digits = |from: usize| {
+        bytes[from.min(bytes.len())..]
+            .iter()
+            .take_while(|b| b.is_ascii_digit())
+            .count()
+    };
     let mut found = Vec::new();
     let mut at = 0;
     while at < bytes.len() {

@@ -75,7 +75,9 @@ impl PredictQueue {
         let capacity = config.capacity.get();
         let (sender, receiver) = sync_channel(capacity);
         let worker = Worker::new(predictor, config, receiver);
-        let thread = std::thread::Builder::new().name("predictor".to_owned()).spawn(move || worker.run())?;
+        let thread = std::thread::Builder::new()
+            .name("predictor".to_owned())
+            .spawn(move || worker.run())?;
         Ok((Self { sender, capacity }, thread))
     }
 
@@ -98,12 +100,19 @@ impl PredictQueue {
         // Counted before it is sent: the worker may take it at once.
         let depth = metrics::gauge!("lengthwise_queue_depth");
         depth.increment(1.0);
-        match self.sender.try_send(Job { input, deadline, queued, reply }) {
-            Ok(()) => return Ok(Pending { answer, deadline }),
+        match self.sender.try_send(Job {
+            input,
+            deadline,
+            queued,
+            reply,
+        }) {
+            Ok(()) => Ok(Pending { answer, deadline }),
             Err(err) => {
                 depth.decrement(1.0);
                 Err(match err {
-                    TrySendError::Full(_) => PredictError::Overloaded { capacity: self.capacity },
+                    TrySendError::Full(_) => PredictError::Overloaded {
+                        capacity: self.capacity,
+                    },
                     TrySendError::Disconnected(_) => PredictError::ShuttingDown,
                 })
             }

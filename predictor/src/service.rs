@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
 
-use lengthwise_core::{LengthEstimate, PredictError};
+use lengthwise_core::PredictError;
 use lengthwise_proto::v1;
 use tokio::sync::{mpsc, watch};
 use tokio_stream::Stream;
@@ -64,20 +64,13 @@ pub(crate) fn status_of(name: &str, err: &PredictError) -> Status {
     Status::new(status.code(), format!("{name}: {}", status.message()))
 }
 
-/// The answer to a request.
-pub(crate) fn answer(request_id: String, estimate: &LengthEstimate) -> v1::PredictResponse {
-    if !estimate.parsed {
-        metrics::counter!("lengthwise_predict_fallback_total").increment(1);
-    }
-    wire::response(request_id, estimate)
-}
-
 impl PredictorService {
     pub fn submit(&self, request: &v1::PredictRequest, deadline: Option<Instant>) -> Result<Pending, PredictError> {
         if *self.stopping.borrow() {
             return Err(PredictError::ShuttingDown);
         }
-        self.queue.submit(wire::input(request, self.info.max_new_tokens)?, deadline)
+        self.queue
+            .submit(wire::input(request, self.info.max_new_tokens)?, deadline)
     }
 
     async fn one(
@@ -86,7 +79,7 @@ impl PredictorService {
         deadline: Option<Instant>,
     ) -> Result<v1::PredictResponse, PredictError> {
         let estimate = self.submit(&request, deadline)?.wait().await?;
-        Ok(answer(request.request_id, &estimate))
+        Ok(wire::response(request.request_id, &estimate))
     }
 
     /// All answers, or the first error; where the call ends early, what still waits is cancelled by being dropped.
@@ -108,8 +101,11 @@ impl PredictorService {
         }
         let mut responses = Vec::with_capacity(requests.len());
         for (i, (request, pending)) in requests.into_iter().zip(pending).enumerate() {
-            let estimate = pending.wait().await.map_err(|err| status_of(&name(i, &request), &err))?;
-            responses.push(answer(request.request_id, &estimate));
+            let estimate = pending
+                .wait()
+                .await
+                .map_err(|err| status_of(&name(i, &request), &err))?;
+            responses.push(wire::response(request.request_id, &estimate));
         }
         Ok(responses)
     }
@@ -120,7 +116,10 @@ impl v1::length_predictor_server::LengthPredictor for PredictorService {
     async fn predict(&self, request: Request<v1::PredictRequest>) -> Result<Response<v1::PredictResponse>, Status> {
         let deadline = wire::deadline(request.metadata());
         let measured = Measured::begin(1);
-        let result = self.one(request.into_inner(), deadline).await.map_err(|err| status(&err));
+        let result = self
+            .one(request.into_inner(), deadline)
+            .await
+            .map_err(|err| status(&err));
         measured.end(code(&result));
         result.map(Response::new)
     }
@@ -134,7 +133,9 @@ impl v1::length_predictor_server::LengthPredictor for PredictorService {
         let measured = Measured::begin(requests.len());
         let result = match requests.len() {
             0..=MAX_BATCH_REQUESTS => self.batch(requests, deadline).await,
-            got => Err(Status::invalid_argument(format!("batch has {got} requests, the limit is {MAX_BATCH_REQUESTS}"))),
+            got => Err(Status::invalid_argument(format!(
+                "batch has {got} requests, the limit is {MAX_BATCH_REQUESTS}"
+            ))),
         };
         measured.end(code(&result));
         result.map(|responses| Response::new(v1::PredictBatchResponse { responses }))

@@ -10,7 +10,8 @@ use tokio_stream::StreamExt;
 use tonic::{Status, Streaming};
 
 use crate::measure::Measured;
-use crate::service::{PredictorService, answer, code, status_of};
+use crate::service::{PredictorService, code, status_of};
+use crate::wire;
 
 /// Most requests of one stream that are under way; further ones wait in the transport, and so does their sender.
 const MAX_IN_STREAM: usize = 256;
@@ -73,7 +74,7 @@ fn begin(
             Ok(pending) => pending.wait().await,
             Err(err) => Err(err),
         };
-        let result = result.map(|estimate| answer(request.request_id, &estimate));
+        let result = result.map(|estimate| wire::response(request.request_id, &estimate));
         let result = result.map_err(|err| status_of(&name, &err));
         measured.end(code(&result));
         result

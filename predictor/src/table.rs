@@ -23,7 +23,11 @@ impl TablePredictor {
         }
         let instruction = match &input.prompt {
             Prompt::Instruction(text) => text.as_str(),
-            Prompt::Chat(turns) => turns.iter().rev().find(|turn| turn.role == "user").map_or("", |turn| &turn.content),
+            Prompt::Chat(turns) => turns
+                .iter()
+                .rev()
+                .find(|turn| turn.role == "user")
+                .map_or("", |turn| &turn.content),
         };
         let length = self.lengths.get(instruction);
         let length = length.ok_or_else(|| PredictError::model(format!("no length is known for {instruction:?}")))?;
@@ -32,10 +36,7 @@ impl TablePredictor {
 }
 
 impl LengthPredictor for TablePredictor {
-    fn predict(
-        &mut self,
-        inputs: &[PredictInput],
-    ) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
+    fn predict(&mut self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
         Ok(inputs.iter().map(|input| self.one(input)).collect())
     }
 }
@@ -51,8 +52,15 @@ mod tests {
     #[test]
     fn an_unknown_instruction_fails_alone() {
         let mut table = TablePredictor::new(HashMap::from([("a".to_owned(), 7), ("b".to_owned(), 90)]));
-        let input = |prompt| PredictInput { prompt, max_new_tokens: 50 };
-        let chat = vec![ChatMessage::user("a"), ChatMessage::assistant("x"), ChatMessage::user("b")];
+        let input = |prompt| PredictInput {
+            prompt,
+            max_new_tokens: 50,
+        };
+        let chat = vec![
+            ChatMessage::user("a"),
+            ChatMessage::assistant("x"),
+            ChatMessage::user("b"),
+        ];
         let inputs = [
             input(Prompt::Instruction("a".into())),
             input(Prompt::Instruction("c".into())),

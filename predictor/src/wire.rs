@@ -8,10 +8,10 @@ use lengthwise_proto::v1::predict_request::Input;
 use tonic::metadata::MetadataMap;
 
 /// Most time before a caller's deadline at which it is answered that its time is up.
-const DEADLINE_MARGIN: Duration = Duration::from_millis(50);
+const DEADLINE_MARGIN: Duration = Duration::from_millis(100);
 
 /// The caller's deadline, from the `grpc-timeout` header: a number and a unit. A little earlier than the header says
-/// (a twentieth, at most 50 ms): at the very end tonic's own timer would answer `CANCELLED`.
+/// (a tenth, at most 100 ms): at the very end tonic's own timer would answer `CANCELLED`.
 pub(crate) fn deadline(metadata: &MetadataMap) -> Option<Instant> {
     let text = metadata.get("grpc-timeout")?.to_str().ok()?;
     let (number, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
@@ -25,7 +25,7 @@ pub(crate) fn deadline(metadata: &MetadataMap) -> Option<Instant> {
         "n" => Duration::from_nanos(number),
         _ => return None,
     };
-    Instant::now().checked_add(timeout - DEADLINE_MARGIN.min(timeout / 20))
+    Instant::now().checked_add(timeout - DEADLINE_MARGIN.min(timeout / 10))
 }
 
 /// What is asked. `max`: the server's cap, in tokens.
@@ -34,7 +34,10 @@ pub(crate) fn input(request: &v1::PredictRequest, max: u32) -> Result<PredictInp
         None => return Err(PredictError::EmptyPrompt),
         Some(Input::Instruction(text)) => Prompt::Instruction(text.clone()),
         Some(Input::Chat(chat)) => {
-            let turn = |m: &v1::ChatMessage| ChatMessage { role: m.role.clone(), content: m.content.clone() };
+            let turn = |m: &v1::ChatMessage| ChatMessage {
+                role: m.role.clone(),
+                content: m.content.clone(),
+            };
             Prompt::Chat(chat.messages.iter().map(turn).collect())
         }
     };
@@ -54,16 +57,32 @@ pub(crate) fn request(request_id: String, input: &PredictInput, max: u32) -> v1:
     let prompt = match &input.prompt {
         Prompt::Instruction(text) => Input::Instruction(text.clone()),
         Prompt::Chat(turns) => {
-            let turn = |m: &ChatMessage| v1::ChatMessage { role: m.role.clone(), content: m.content.clone() };
-            Input::Chat(v1::Chat { messages: turns.iter().map(turn).collect() })
+            let turn = |m: &ChatMessage| v1::ChatMessage {
+                role: m.role.clone(),
+                content: m.content.clone(),
+            };
+            Input::Chat(v1::Chat {
+                messages: turns.iter().map(turn).collect(),
+            })
         }
     };
-    let max_new_tokens = if input.max_new_tokens > max { 0 } else { input.max_new_tokens };
-    v1::PredictRequest { request_id, input: Some(prompt), max_new_tokens }
+    let max_new_tokens = if input.max_new_tokens > max {
+        0
+    } else {
+        input.max_new_tokens
+    };
+    v1::PredictRequest {
+        request_id,
+        input: Some(prompt),
+        max_new_tokens,
+    }
 }
 
 pub(crate) fn response(request_id: String, estimate: &LengthEstimate) -> v1::PredictResponse {
-    let quantile = |q: &Quantile| v1::Quantile { probability: q.probability, tokens: q.tokens };
+    let quantile = |q: &Quantile| v1::Quantile {
+        probability: q.probability,
+        tokens: q.tokens,
+    };
     v1::PredictResponse {
         request_id,
         max_tokens: estimate.max_tokens,
@@ -73,7 +92,10 @@ pub(crate) fn response(request_id: String, estimate: &LengthEstimate) -> v1::Pre
 }
 
 pub(crate) fn estimate(response: v1::PredictResponse) -> LengthEstimate {
-    let quantile = |q: v1::Quantile| Quantile { probability: q.probability, tokens: q.tokens };
+    let quantile = |q: v1::Quantile| Quantile {
+        probability: q.probability,
+        tokens: q.tokens,
+    };
     LengthEstimate {
         max_tokens: response.max_tokens,
         quantiles: response.quantiles.into_iter().map(quantile).collect(),
@@ -95,11 +117,17 @@ mod tests {
 
     #[test]
     fn a_timeout_is_a_number_and_a_unit() {
-        for (header, seconds) in [("1H", 3600.0), ("2M", 120.0), ("30S", 30.0), ("5000m", 5.0), ("5000000u", 5.0)] {
+        for (header, seconds) in [
+            ("1H", 3600.0),
+            ("2M", 120.0),
+            ("30S", 30.0),
+            ("5000m", 5.0),
+            ("5000000u", 5.0),
+        ] {
             let got = seconds_left(header).unwrap();
             assert!((seconds - 0.2..=seconds - 0.04).contains(&got), "{header}: {got}");
         }
-        // A twentieth of a short one.
+        // A tenth of a short one.
         let got = seconds_left("200000000n").unwrap();
         assert!((0.1..=0.19).contains(&got), "{got}");
         for header in ["", "S", "5", "5x", "-5S", "99999999999999999999H"] {
@@ -109,8 +137,21 @@ mod tests {
 
     #[test]
     fn estimates_survive_the_wire() {
-        let quantiles = vec![Quantile { probability: 0.5, tokens: 80 }, Quantile { probability: 0.9, tokens: 120 }];
-        let sent = LengthEstimate { max_tokens: 150, quantiles, parsed: false };
+        let quantiles = vec![
+            Quantile {
+                probability: 0.5,
+                tokens: 80,
+            },
+            Quantile {
+                probability: 0.9,
+                tokens: 120,
+            },
+        ];
+        let sent = LengthEstimate {
+            max_tokens: 150,
+            quantiles,
+            parsed: false,
+        };
         assert_eq!(estimate(response("a".to_owned(), &sent)), sent);
     }
 }

@@ -20,7 +20,12 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub fn new(predictor: Box<dyn LengthPredictor>, config: BatchingConfig, receiver: Receiver<Job>) -> Self {
-        Self { predictor, config, receiver, next: None }
+        Self {
+            predictor,
+            config,
+            receiver,
+            next: None,
+        }
     }
 
     /// Answers until the queue is empty and nobody is left to fill it.
@@ -37,7 +42,10 @@ impl Worker {
             let job = match until {
                 None => self.receiver.recv().ok(),
                 // A job that waits already is taken whatever the time is.
-                Some(until) => self.receiver.recv_timeout(until.saturating_duration_since(Instant::now())).ok(),
+                Some(until) => self
+                    .receiver
+                    .recv_timeout(until.saturating_duration_since(Instant::now()))
+                    .ok(),
             }?;
             metrics::gauge!("lengthwise_queue_depth").decrement(1.0);
             if let Some(job) = wanted(job) {
@@ -74,7 +82,10 @@ impl Worker {
         let result = catch_unwind(AssertUnwindSafe(|| self.predictor.predict(&inputs)));
         let failure = match result {
             Ok(Ok(answers)) if answers.len() == replies.len() => {
-                replies.into_iter().zip(answers).for_each(|(reply, answer)| send(reply, answer));
+                replies
+                    .into_iter()
+                    .zip(answers)
+                    .for_each(|(reply, answer)| send(reply, answer));
                 return;
             }
             Ok(Ok(answers)) => format!("{} answers to {} prompts", answers.len(), replies.len()),
@@ -82,7 +93,9 @@ impl Worker {
             Err(payload) => format!("the predictor panicked: {}", text(&*payload)),
         };
         tracing::error!("a batch of {} failed: {failure}", replies.len());
-        replies.into_iter().for_each(|reply| send(reply, Err(PredictError::model(failure.clone()))));
+        replies
+            .into_iter()
+            .for_each(|reply| send(reply, Err(PredictError::model(failure.clone()))));
     }
 }
 
@@ -99,6 +112,9 @@ fn wanted(job: Job) -> Option<Job> {
 }
 
 fn send(reply: tokio::sync::oneshot::Sender<Answer>, answer: Answer) {
+    if answer.as_ref().is_ok_and(|estimate| !estimate.parsed) {
+        metrics::counter!("lengthwise_predict_fallback_total").increment(1);
+    }
     // The caller may have gone, which is its own affair.
     let _ = reply.send(answer);
 }
@@ -106,5 +122,6 @@ fn send(reply: tokio::sync::oneshot::Sender<Answer>, answer: Answer) {
 /// The message of a panic.
 fn text(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<&str>().copied();
-    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message")
+    text.or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("no message")
 }
