@@ -1,0 +1,149 @@
+//! Which cause has which code.
+
+use anyhow::Result;
+use lengthwise_predictor::{BatchingConfig, MAX_BATCH_REQUESTS};
+use lengthwise_proto::v1;
+use lengthwise_proto::v1::predict_request::Input;
+use tokio_stream::StreamExt;
+use tonic::codegen::http::uri::PathAndQuery;
+use tonic::{Code, Request, Status};
+
+use crate::support::{CAP, Running, ask};
+
+/// `PredictRequest` as a client writes it that does not check its text.
+#[derive(Clone, PartialEq, prost::Message)]
+struct RawRequest {
+    #[prost(bytes = "vec", tag = "2")]
+    instruction: Vec<u8>,
+}
+
+fn told(status: &Status, code: Code, parts: &[&str]) {
+    assert_eq!(status.code(), code, "{status:?}");
+    for part in parts {
+        assert!(status.message().contains(part), "{:?} lacks {part:?}", status.message());
+    }
+}
+
+#[tokio::test]
+async fn what_the_caller_did_wrong_is_an_invalid_argument() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    let mut client = server.client().await?;
+    let chat = |messages| v1::PredictRequest {
+        input: Some(Input::Chat(v1::Chat { messages })),
+        ..ask("a", "")
+    };
+    let blank = v1::ChatMessage {
+        role: "user".to_owned(),
+        content: " ".to_owned(),
+    };
+    let wrong = [
+        (ask("a", ""), "empty"),
+        (ask("a", " \n"), "empty"),
+        (
+            v1::PredictRequest {
+                input: None,
+                ..ask("a", "")
+            },
+            "empty",
+        ),
+        (chat(vec![]), "empty"),
+        (chat(vec![blank]), "empty"),
+        (
+            v1::PredictRequest {
+                max_new_tokens: CAP + 1,
+                ..ask("a", "x")
+            },
+            "101, the server allows at most 100",
+        ),
+        (ask("a", "long"), "900 tokens, the model takes at most 512"),
+    ];
+    for (request, message) in wrong {
+        told(
+            &client.predict(request).await.unwrap_err(),
+            Code::InvalidArgument,
+            &[message],
+        );
+    }
+    // Only what needs the tokenizer reached the predictor.
+    assert_eq!(server.control.batches(), [["long"]]);
+    server.stop().await
+}
+
+#[tokio::test]
+async fn text_that_is_not_utf8_is_an_invalid_argument() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    let mut client = tonic::client::Grpc::new(server.channel().await?);
+    client.ready().await?;
+    let path = PathAndQuery::from_static("/lengthwise.v1.LengthPredictor/Predict");
+    let codec = tonic_prost::ProstCodec::<RawRequest, v1::PredictResponse>::default();
+    let request = Request::new(RawRequest {
+        instruction: vec![b'a', 0xff],
+    });
+    let status = client.unary(request, path, codec).await.unwrap_err();
+    told(&status, Code::InvalidArgument, &["UTF-8"]);
+    server.stop().await
+}
+
+#[tokio::test]
+async fn a_batch_fails_as_a_whole_and_names_the_request() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    let mut client = server.client().await?;
+    let mut fails = async |requests| {
+        client
+            .predict_batch(v1::PredictBatchRequest { requests })
+            .await
+            .unwrap_err()
+    };
+    let status = fails(vec![ask("a", "x"), ask("b", "")]).await;
+    told(&status, Code::InvalidArgument, &["request 1", "\"b\"", "empty"]);
+    let status = fails(vec![ask("a", "x"); MAX_BATCH_REQUESTS + 1]).await;
+    told(&status, Code::InvalidArgument, &["1025", "1024"]);
+    assert!(
+        server.control.batches().is_empty(),
+        "work was done for a batch that was refused"
+    );
+    let status = fails(vec![ask("a", "x"), ask("b", "y"), ask("c", "long")]).await;
+    told(&status, Code::InvalidArgument, &["request 2", "\"c\"", "512"]);
+    server.stop().await
+}
+
+#[tokio::test]
+async fn a_failed_request_ends_its_stream_after_the_answers_before_it() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    let requests = vec![ask("a", "1"), ask("b", "22"), ask("c", ""), ask("d", "4444")];
+    let answers = server
+        .client()
+        .await?
+        .predict_stream(tokio_stream::iter(requests))
+        .await?
+        .into_inner();
+    let mut answers: Vec<_> = answers.collect().await;
+    told(
+        &answers.pop().unwrap().unwrap_err(),
+        Code::InvalidArgument,
+        &["\"c\"", "empty"],
+    );
+    let mut ids: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().request_id).collect();
+    ids.sort();
+    assert!(ids.starts_with(&["a".to_owned(), "b".to_owned()]), "{ids:?}");
+    server.stop().await
+}
+
+#[tokio::test]
+async fn what_the_predictor_did_wrong_is_internal_and_the_next_request_is_answered() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    let mut client = server.client().await?;
+    for (text, message) in [
+        ("fail", "out of memory"),
+        ("panic", "told to panic"),
+        ("short", "0 answers to 1 prompts"),
+    ] {
+        told(
+            &client.predict(ask("a", text)).await.unwrap_err(),
+            Code::Internal,
+            &[message],
+        );
+        assert_eq!(client.predict(ask("a", "good")).await?.into_inner().max_tokens, 4);
+    }
+    server.stop().await
+}
