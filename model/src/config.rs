@@ -90,12 +90,15 @@ struct Raw {
     mlp_bias: bool,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
+    max_window_layers: Option<usize>,
     #[serde(default)]
     bos_token_id: Option<u32>,
     #[serde(default)]
     eos_token_id: Option<Eos>,
-    #[serde(alias = "torch_dtype")]
+    hidden_act: Option<String>,
     dtype: Option<String>,
+    /// The name before transformers 5; some files carry both.
+    torch_dtype: Option<String>,
 }
 
 fn default_eps() -> f64 {
@@ -129,11 +132,15 @@ impl ModelConfig {
     /// A missing or malformed file, an unsupported architecture, sizes that cannot be.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(|err| ModelError::BadFile {
+        let bad = |reason: String| ModelError::BadFile {
             path: path.clone(),
-            reason: format!("not a model folder ({err})"),
+            reason,
+        };
+        let text = std::fs::read_to_string(&path).map_err(|err| bad(format!("not a model folder ({err})")))?;
+        let mut config = Self::from_json(&text).map_err(|err| match err {
+            ModelError::BadConfig { reason } => bad(reason),
+            other => other,
         })?;
-        let mut config = Self::from_json(&text)?;
         let generation = folder.join("generation_config.json");
         if let Ok(text) = std::fs::read_to_string(&generation) {
             let value: Value = serde_json::from_str(&text).map_err(|err| ModelError::BadFile {
@@ -177,8 +184,7 @@ impl ModelConfig {
         let rope = raw.rope_parameters.as_ref();
         let theta = rope.and_then(|p| p.get("rope_theta")).and_then(Value::as_f64);
         let scaling = raw.rope_scaling.as_ref().or(rope);
-        // Qwen2 configs carry a window that only use_sliding_window switches on.
-        let windowed = raw.use_sliding_window.unwrap_or(!family.starts_with("qwen"));
+        let windowed = is_windowed(&raw, family)?;
         let config = Self {
             model_type: raw.model_type.unwrap_or_else(|| family.to_owned()),
             vocab_size: raw.vocab_size,
@@ -198,8 +204,12 @@ impl ModelConfig {
             sliding_window: raw.sliding_window.filter(|_| windowed),
             bos_token_id: raw.bos_token_id,
             eos_token_ids: raw.eos_token_id.map(Eos::ids).unwrap_or_default(),
-            dtype: raw.dtype,
+            dtype: raw.dtype.or(raw.torch_dtype),
         };
+        if let Some(act) = raw.hidden_act.filter(|act| act != "silu") {
+            let reason = format!("hidden_act {act} is not supported; supported is silu");
+            return Err(ModelError::BadConfig { reason });
+        }
         if raw.mlp_bias || (raw.attention_bias && family != "qwen2") {
             let reason = "attention_bias and mlp_bias are supported for qwen2's q, k and v only".to_owned();
             return Err(ModelError::BadConfig { reason });
@@ -270,6 +280,22 @@ impl ModelConfig {
     }
 }
 
+/// Whether the window of the config is in force. Qwen configs carry one that only `use_sliding_window` switches on,
+/// and only for the layers from `max_window_layers` on; the others have always used theirs on every layer.
+fn is_windowed(raw: &Raw, family: &str) -> Result<bool, ModelError> {
+    if !family.starts_with("qwen") {
+        return Ok(family == "mistral");
+    }
+    let full_layers = raw.max_window_layers.unwrap_or(0);
+    match raw.use_sliding_window.unwrap_or(false) {
+        true if full_layers == 0 => Ok(true),
+        true if full_layers < raw.num_hidden_layers => Err(ModelError::BadConfig {
+            reason: format!("a sliding window on layers from {full_layers} on only is not supported"),
+        }),
+        _ => Ok(false),
+    }
+}
+
 fn parse_scaling(map: &Map<String, Value>) -> Result<RopeScaling, ModelError> {
     let kind = map
         .get("rope_type")
@@ -321,29 +347,4 @@ fn scaling_json(scaling: &RopeScaling) -> Value {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_config_reads_back_as_it_was_written() {
-        let config = crate::testing::config();
-        assert_eq!(ModelConfig::from_json(&config.to_json()).expect("own output"), config);
-    }
-
-    #[test]
-    fn an_unsupported_architecture_is_named_with_those_that_are() {
-        let err = ModelConfig::from_json(r#"{"model_type": "gpt2"}"#)
-            .expect_err("unsupported")
-            .to_string();
-        assert!(err.contains("gpt2") && err.contains("llama, mistral"), "{err}");
-    }
-
-    #[test]
-    fn heads_must_share_evenly() {
-        let json = crate::testing::config()
-            .to_json()
-            .replace("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3");
-        let err = ModelConfig::from_json(&json).expect_err("4 heads over 3").to_string();
-        assert!(err.contains("cannot share 3"), "{err}");
-    }
-}
+mod tests;
