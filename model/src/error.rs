@@ -59,8 +59,16 @@ pub enum ModelError {
         /// The shape that follows from config.json.
         want: Vec<usize>,
     },
+    /// A tensor of a quantised checkpoint, say.
+    #[error("tensor {name} has dtype {dtype}; supported are f32, f16, bf16 and f64")]
+    UnsupportedDType {
+        /// Its Hugging Face name.
+        name: String,
+        /// The dtype found.
+        dtype: String,
+    },
     /// A tensor holds NaN or infinity.
-    #[error("tensor {name} holds a value that is not finite: the file is damaged")]
+    #[error("tensor {name} holds a value that is not finite: the file is damaged, or the dtype too narrow for it")]
     NonFiniteTensor {
         /// Its Hugging Face name.
         name: String,

@@ -1,9 +1,10 @@
 //! A checkpoint's tensors by their Hugging Face names.
 
 use std::collections::{BTreeSet, HashMap};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::MmapedSafetensors;
+use candle_core::safetensors::{BufferedSafetensors, MmapedSafetensors};
 use candle_core::{DType, Device, Tensor, pickle};
 use serde::Deserialize;
 
@@ -18,6 +19,7 @@ pub struct Weights {
 
 enum Source {
     Memory(HashMap<String, Tensor>),
+    Buffer(BufferedSafetensors),
     Safetensors(MmapedSafetensors),
     /// PyTorch's `.bin`: a zip file with a pickle that is interpreted, never executed.
     Pickle(Vec<pickle::PthTensors>),
@@ -61,45 +63,102 @@ impl Weights {
         }
     }
 
+    /// The bytes of a safetensors file.
+    ///
+    /// # Errors
+    /// They are cut short or no such file.
+    pub fn from_bytes(bytes: Vec<u8>, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+        let buffer = BufferedSafetensors::new(bytes).map_err(|err| ModelError::BadFile {
+            path: "model.safetensors".into(),
+            reason: format!("truncated or not a safetensors file ({err})"),
+        })?;
+        Ok(Self {
+            source: Source::Buffer(buffer),
+            dtype,
+            device: device.clone(),
+        })
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        match &self.source {
+            Source::Memory(tensors) => tensors.contains_key(name),
+            Source::Buffer(file) => file.get(name).is_ok(),
+            Source::Safetensors(files) => files.get(name).is_ok(),
+            Source::Pickle(files) => files.iter().any(|f| f.tensor_infos().contains_key(name)),
+        }
+    }
+
     /// The tensor `name`, which must have `shape`, in the dtype and on the device of the model.
     ///
     /// # Errors
-    /// It is missing, of another shape, or holds NaN or infinity.
+    /// It is missing, of another shape, quantised, or holds NaN or infinity.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
-        let missing = || ModelError::MissingTensor { name: name.to_owned() };
-        let tensor = match &self.source {
-            Source::Memory(tensors) => tensors.get(name).cloned().ok_or_else(missing)?,
-            Source::Safetensors(files) => {
-                files.get(name).map_err(|_| missing())?;
-                files.load(name, &self.device)?
-            }
-            Source::Pickle(files) => {
-                let file = files
-                    .iter()
-                    .find(|f| f.tensor_infos().contains_key(name))
-                    .ok_or_else(missing)?;
-                file.get(name)?.ok_or_else(missing)?
-            }
-        };
-        if tensor.dims() != shape {
-            let (got, want) = (tensor.dims().to_vec(), shape.to_vec());
-            return Err(ModelError::ShapeMismatch {
-                name: name.to_owned(),
-                got,
-                want,
-            });
-        }
+        let tensor = self.load(name, shape)?;
         if tensor.is_variable() {
             return Ok(tensor);
         }
         let tensor = tensor.to_device(&self.device)?.to_dtype(self.dtype)?;
         // A sum of finite values in f32 is finite far beyond what weights hold; NaN and infinity survive it.
-        let sum = tensor.to_dtype(DType::F32)?.abs()?.sum_all()?.to_scalar::<f32>()?;
+        let sum = tensor.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
         if !sum.is_finite() {
             return Err(ModelError::NonFiniteTensor { name: name.to_owned() });
         }
         Ok(tensor)
     }
+
+    /// The tensor as it is stored. Its shape is checked before memory is taken for it.
+    fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
+        let missing = || ModelError::MissingTensor { name: name.to_owned() };
+        match &self.source {
+            Source::Memory(tensors) => {
+                let tensor = tensors.get(name).ok_or_else(missing)?;
+                check(name, tensor.dims(), shape, Some(tensor.dtype()))?;
+                Ok(tensor.clone())
+            }
+            Source::Buffer(file) => {
+                let view = file.get(name).map_err(|_| missing())?;
+                check(name, view.shape(), shape, DType::try_from(view.dtype()).ok())?;
+                Ok(file.load(name, &self.device)?)
+            }
+            Source::Safetensors(files) => {
+                let view = files.get(name).map_err(|_| missing())?;
+                check(name, view.shape(), shape, DType::try_from(view.dtype()).ok())?;
+                Ok(files.load(name, &self.device)?)
+            }
+            Source::Pickle(files) => {
+                let found = files.iter().find_map(|f| Some((f, f.tensor_infos().get(name)?)));
+                let (file, info) = found.ok_or_else(missing)?;
+                check(name, info.layout.dims(), shape, Some(info.dtype))?;
+                caught(|| file.get(name))?.ok_or_else(missing)
+            }
+        }
+    }
+}
+
+fn check(name: &str, got: &[usize], want: &[usize], dtype: Option<DType>) -> Result<(), ModelError> {
+    if got != want {
+        let (got, want) = (got.to_vec(), want.to_vec());
+        return Err(ModelError::ShapeMismatch {
+            name: name.to_owned(),
+            got,
+            want,
+        });
+    }
+    match dtype {
+        Some(DType::F32 | DType::F16 | DType::BF16 | DType::F64) => Ok(()),
+        other => Err(ModelError::UnsupportedDType {
+            name: name.to_owned(),
+            dtype: other.map_or("unknown", |d| d.as_str()).to_owned(),
+        }),
+    }
+}
+
+/// Runs candle's pickle reader, which never executes what it reads but indexes into it unchecked: a damaged file may
+/// panic it, and is an error here.
+fn caught<T>(read: impl FnOnce() -> candle_core::Result<T>) -> candle_core::Result<T> {
+    let panicked = |_| Err(candle_core::Error::Msg("malformed pickle".to_owned()));
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(panicked)
 }
 
 /// The file `name` of a folder, or the shards of `name`'s index; `None` where there is neither.
@@ -143,64 +202,11 @@ fn map_safetensors(files: &[PathBuf]) -> Result<MmapedSafetensors, ModelError> {
 }
 
 fn open_pickle(path: &Path) -> Result<pickle::PthTensors, ModelError> {
-    pickle::PthTensors::new(path, None).map_err(|err| ModelError::BadFile {
+    caught(|| pickle::PthTensors::new(path, None)).map_err(|err| ModelError::BadFile {
         path: path.to_owned(),
         reason: format!("truncated or not a PyTorch checkpoint ({err})"),
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn folder_with(tensor: &Tensor) -> anyhow::Result<tempfile::TempDir> {
-        let dir = tempfile::tempdir()?;
-        let tensors = HashMap::from([("w".to_owned(), tensor.clone())]);
-        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors"))?;
-        Ok(dir)
-    }
-
-    fn error(dir: &Path, shape: &[usize]) -> String {
-        let got = Weights::open(dir, DType::F32, &Device::Cpu).and_then(|w| w.get("w", shape));
-        got.expect_err("damaged").to_string()
-    }
-
-    #[test]
-    fn a_tensor_of_another_shape_is_refused_by_name() -> anyhow::Result<()> {
-        let dir = folder_with(&Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?)?;
-        let err = error(dir.path(), &[3, 2]);
-        assert!(err.contains("w has shape [2, 3], config.json says [3, 2]"), "{err}");
-        Ok(())
-    }
-
-    #[test]
-    fn nan_is_refused() -> anyhow::Result<()> {
-        let dir = folder_with(&Tensor::new(&[1f32, f32::NAN], &Device::Cpu)?)?;
-        assert!(error(dir.path(), &[2]).contains("not finite"));
-        Ok(())
-    }
-
-    #[test]
-    fn a_truncated_file_is_named() -> anyhow::Result<()> {
-        let dir = folder_with(&Tensor::zeros((20, 30), DType::F32, &Device::Cpu)?)?;
-        let path = dir.path().join("model.safetensors");
-        let bytes = std::fs::read(&path)?;
-        for keep in [0, 4, 20, bytes.len() - 1] {
-            std::fs::write(&path, &bytes[..keep])?;
-            let err = error(dir.path(), &[20, 30]);
-            assert!(err.contains("model.safetensors: truncated"), "{keep} bytes: {err}");
-        }
-        Ok(())
-    }
-
-    #[test]
-    fn an_index_that_names_a_missing_shard_says_which() -> anyhow::Result<()> {
-        let dir = tempfile::tempdir()?;
-        let index = dir.path().join("model.safetensors.index.json");
-        std::fs::write(&index, r#"{"weight_map": {"w": "model-00001-of-00002.safetensors"}}"#)?;
-        assert!(error(dir.path(), &[1]).contains("model-00001-of-00002.safetensors"));
-        std::fs::write(&index, r#"{"weight_map": {"w": "../../etc/passwd"}}"#)?;
-        assert!(error(dir.path(), &[1]).contains("outside the folder"));
-        Ok(())
-    }
-}
+mod tests;

@@ -1,0 +1,164 @@
+//! Whole checkpoints, and every way in which one can be damaged.
+
+use super::*;
+
+fn folder_with(tensor: &Tensor) -> anyhow::Result<tempfile::TempDir> {
+    let dir = tempfile::tempdir()?;
+    let tensors = HashMap::from([("w".to_owned(), tensor.clone())]);
+    candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors"))?;
+    Ok(dir)
+}
+
+fn error(dir: &Path, shape: &[usize]) -> String {
+    let got = Weights::open(dir, DType::F32, &Device::Cpu).and_then(|w| w.get("w", shape));
+    got.expect_err("damaged").to_string()
+}
+
+#[test]
+fn a_tensor_of_another_shape_is_refused_by_name() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::zeros((2, 3), DType::F32, &Device::Cpu)?)?;
+    let err = error(dir.path(), &[3, 2]);
+    assert!(err.contains("w has shape [2, 3], config.json says [3, 2]"), "{err}");
+    Ok(())
+}
+
+#[test]
+fn nan_is_refused() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::new(&[1f32, f32::NAN], &Device::Cpu)?)?;
+    assert!(error(dir.path(), &[2]).contains("not finite"));
+    Ok(())
+}
+
+#[test]
+fn a_truncated_file_is_named() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::zeros((20, 30), DType::F32, &Device::Cpu)?)?;
+    let path = dir.path().join("model.safetensors");
+    let bytes = std::fs::read(&path)?;
+    for keep in [0, 4, 20, bytes.len() - 1] {
+        std::fs::write(&path, &bytes[..keep])?;
+        let err = error(dir.path(), &[20, 30]);
+        assert!(err.contains("model.safetensors: truncated"), "{keep} bytes: {err}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_index_that_names_a_missing_shard_says_which() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let index = dir.path().join("model.safetensors.index.json");
+    std::fs::write(&index, r#"{"weight_map": {"w": "model-00001-of-00002.safetensors"}}"#)?;
+    assert!(error(dir.path(), &[1]).contains("model-00001-of-00002.safetensors"));
+    std::fs::write(&index, r#"{"weight_map": {"w": "../../etc/passwd"}}"#)?;
+    assert!(error(dir.path(), &[1]).contains("outside the folder"));
+    Ok(())
+}
+
+#[test]
+fn a_missing_tensor_is_named() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::zeros(2, DType::F32, &Device::Cpu)?)?;
+    let weights = Weights::open(dir.path(), DType::F32, &Device::Cpu)?;
+    assert!(weights.contains("w") && !weights.contains("v"));
+    let err = weights.get("v", &[2]).expect_err("not there").to_string();
+    assert_eq!(err, "tensor v is missing from the weights");
+    Ok(())
+}
+
+#[test]
+fn values_are_converted_and_quantised_ones_refused() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::new(&[1.5f32, -2.0], &Device::Cpu)?.to_dtype(DType::BF16)?)?;
+    let weights = Weights::open(dir.path(), DType::F32, &Device::Cpu)?;
+    assert_eq!(weights.get("w", &[2])?.to_vec1::<f32>()?, [1.5, -2.0]);
+    let dir = folder_with(&Tensor::zeros(2, DType::U8, &Device::Cpu)?)?;
+    assert!(error(dir.path(), &[2]).contains("dtype u8; supported are f32"));
+    Ok(())
+}
+
+#[test]
+fn a_value_too_large_for_the_dtype_is_refused() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::new(&[1e30f32], &Device::Cpu)?)?;
+    let weights = Weights::open(dir.path(), DType::F16, &Device::Cpu)?;
+    assert!(
+        weights
+            .get("w", &[1])
+            .expect_err("infinite")
+            .to_string()
+            .contains("dtype too narrow")
+    );
+    Ok(())
+}
+
+#[test]
+fn a_header_longer_than_the_file_is_refused() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::zeros(2, DType::F32, &Device::Cpu)?)?;
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path)?;
+    for length in [u64::MAX, 1 << 40, bytes.len() as u64] {
+        bytes[..8].copy_from_slice(&length.to_le_bytes());
+        std::fs::write(&path, &bytes)?;
+        assert!(error(dir.path(), &[2]).contains("model.safetensors: truncated"));
+        assert!(Weights::from_bytes(bytes.clone(), DType::F32, &Device::Cpu).is_err());
+    }
+    Ok(())
+}
+
+#[test]
+fn shards_are_found_through_their_index() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    for (name, value) in [("a", 1f32), ("b", 2.0)] {
+        let tensors = HashMap::from([(name, Tensor::new(&[value], &Device::Cpu)?)]);
+        candle_core::safetensors::save(&tensors, dir.path().join(format!("{name}.safetensors")))?;
+    }
+    let index = r#"{"metadata": {}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}"#;
+    std::fs::write(dir.path().join("model.safetensors.index.json"), index)?;
+    let weights = Weights::open(dir.path(), DType::F32, &Device::Cpu)?;
+    assert_eq!(weights.get("a", &[1])?.to_vec1::<f32>()?, [1.0]);
+    assert_eq!(weights.get("b", &[1])?.to_vec1::<f32>()?, [2.0]);
+    Ok(())
+}
+
+#[test]
+fn bytes_and_a_file_hold_the_same() -> anyhow::Result<()> {
+    let dir = folder_with(&Tensor::new(&[3f32, 4.0], &Device::Cpu)?)?;
+    let bytes = std::fs::read(dir.path().join("model.safetensors"))?;
+    let weights = Weights::from_bytes(bytes, DType::F32, &Device::Cpu)?;
+    assert!(weights.contains("w"));
+    assert_eq!(weights.get("w", &[2])?.to_vec1::<f32>()?, [3.0, 4.0]);
+    Ok(())
+}
+
+/// By scripts/make_model_fixtures.py: `w` is rows 1 and 2 of a [4, 3] storage that counts from 0, `b` is bf16.
+const PICKLE: &[u8] = include_bytes!("../../fixtures/pytorch_model.bin");
+
+#[test]
+fn a_pytorch_checkpoint_is_read() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("pytorch_model.bin"), PICKLE)?;
+    let weights = Weights::open(dir.path(), DType::F32, &Device::Cpu)?;
+    assert_eq!(
+        weights.get("w", &[2, 3])?.to_vec2::<f32>()?,
+        [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0]]
+    );
+    assert_eq!(weights.get("b", &[2])?.to_vec1::<f32>()?, [0.5, -2.0]);
+    assert!(weights.contains("b") && !weights.contains("c"));
+    assert!(weights.get("w", &[3, 2]).is_err());
+    Ok(())
+}
+
+#[test]
+fn a_damaged_pytorch_checkpoint_is_an_error_wherever_it_is_cut() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let path = dir.path().join("pytorch_model.bin");
+    for keep in (0..PICKLE.len()).step_by(13) {
+        std::fs::write(&path, &PICKLE[..keep])?;
+        let err = error(dir.path(), &[2, 3]);
+        assert!(err.contains("pytorch_model.bin: truncated"), "{keep} bytes: {err}");
+    }
+    // A flipped bit may hit what is not read; it must never be more than an error.
+    for at in (0..PICKLE.len()).step_by(7) {
+        let mut bytes = PICKLE.to_vec();
+        bytes[at] ^= 0x10;
+        std::fs::write(&path, &bytes)?;
+        let _ = Weights::open(dir.path(), DType::F32, &Device::Cpu).and_then(|w| w.get("w", &[2, 3]));
+    }
+    Ok(())
+}

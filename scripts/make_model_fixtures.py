@@ -1,0 +1,49 @@
+"""Writes model/fixtures/: what the tests of lengthwise-model read.
+
+    python scripts/make_model_fixtures.py [tokenizer.model]
+
+- pytorch_model.bin: two tensors as torch.save writes them, one a slice of a larger storage (torch 2.15.0).
+- sentencepiece.json: texts and their ids by SentencePiece 0.2.3, for LLaMA's tokenizer.model (given as the argument,
+  not part of the project; without it this file is left as it is).
+"""
+import json
+import random
+import sys
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).resolve().parent.parent / "model" / "fixtures"
+
+WORDS = ["the", "Hello", "world", "tokenizer", "1", "42", "3.14159", "naïve", "Ω", "café", "e\u0301", "日本語", "中文字",
+         "한국어", "مرحبا", "שלום", "हिन्दी", "🙂", "👩‍👩‍👧", "🇫🇷", "\u200b", "\u00a0", "▁", "▁▁x", "<0x41>", "\x00", "\x07",
+         "\x1b[0m", "\r\n", "\n", "\n\n", "\t", " ", "  ", "     ", "fn main() {", "}", "=>", "!=", "#include <x>",
+         "</p>", "\\frac{a}{b}", "$", "'s", "\"", "...", "—", "ﬁ", "①", "\U00010348", "\ufffd", "snake_case", "camelCase",
+         "http://a.b/c?d=e&f", "AAAAAAAAAAAAAAAA", "antidisestablishmentarianism", "don't", "USER:", "ASSISTANT:"]
+
+
+def texts(count: int) -> list[str]:
+    rng = random.Random(0)
+    fixed = ["", " ", "a", " a", "a ", "  a  b  ", "\n", "▁", " ▁ "] + WORDS
+    made = []
+    while len(made) < count - len(fixed):
+        glue = rng.choice(["", " ", " ", "  ", "\n"])
+        made.append(glue.join(rng.choice(WORDS) for _ in range(rng.randint(2, 12))))
+        made.append("".join(chr(rng.choice([rng.randint(1, 0x17F), rng.randint(0x370, 0x5FF), rng.randint(0x3040, 0x9FFF),
+                                            rng.randint(0x1F300, 0x1FAFF)])) for _ in range(rng.randint(1, 20))))
+    return fixed + made
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    whole = torch.arange(12, dtype=torch.float32).reshape(4, 3)
+    state = {"w": whole[1:3], "b": torch.tensor([0.5, -2.0], dtype=torch.bfloat16)}
+    torch.save(state, FOLDER / "pytorch_model.bin")
+    if len(sys.argv) > 1:
+        import sentencepiece
+        sp = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
+        rows = [[text, sp.encode(text)] for text in texts(int(sys.argv[2]) if len(sys.argv) > 2 else 250)]
+        (FOLDER / "sentencepiece.json").write_text(json.dumps(rows, separators=(",", ":")).replace("],[\"", "],\n[\"") + "\n")
+
+
+main()
