@@ -1,8 +1,12 @@
 //! Text to tokens and back, through Hugging Face's `tokenizers`.
 
+mod protobuf;
+mod sentencepiece;
+
 use std::path::Path;
 
-use tokenizers::Tokenizer;
+use serde_json::Value;
+use tokenizers::{AddedToken, Tokenizer};
 
 use crate::{ModelConfig, ModelError};
 
@@ -14,18 +18,52 @@ pub struct ModelTokenizer {
 }
 
 impl ModelTokenizer {
-    /// Reads `tokenizer.json` of a model folder.
+    /// Reads `tokenizer.json` of a model folder, or SentencePiece's `tokenizer.model` where that is all there is.
     ///
     /// # Errors
     /// It is missing or malformed, or has tokens that the model has no embedding for.
     pub fn from_folder(folder: &Path, config: &ModelConfig) -> Result<Self, ModelError> {
-        let path = folder.join("tokenizer.json");
-        let bad = |reason: String| ModelError::BadFile { path: path.clone(), reason };
+        let settings = tokenizer_config(folder)?;
+        let fast = folder.join("tokenizer.json");
+        let slow = folder.join("tokenizer.model");
+        let path = if fast.is_file() || !slow.is_file() {
+            &fast
+        } else {
+            &slow
+        };
+        let bad = |reason: String| ModelError::BadFile {
+            path: path.clone(),
+            reason,
+        };
         if !path.is_file() {
-            return Err(bad("the model folder has no tokenizer.json".to_owned()));
+            return Err(bad(
+                "the model folder has no tokenizer.json and no tokenizer.model".to_owned()
+            ));
         }
-        let inner = Tokenizer::from_file(&path).map_err(|err| bad(format!("not a tokenizer ({err})")))?;
-        Self::new(inner, config).map_err(|err| bad(err.to_string()))
+        let bytes = std::fs::read(path).map_err(|err| bad(err.to_string()))?;
+        let inner = if path == &fast {
+            Tokenizer::from_bytes(&bytes).map_err(|err| bad(format!("not a tokenizer ({err})")))?
+        } else {
+            sentencepiece::tokenizer(&bytes, &sentencepiece_options(folder, &settings)?).map_err(bad)?
+        };
+        let mut tokenizer = Self::new(inner, config).map_err(|err| match err {
+            ModelError::Tokenizer { reason } => bad(reason),
+            other => other,
+        })?;
+        if config.eos_token_ids.is_empty() {
+            // The config names no end; then the tokenizer's own ends an answer.
+            let named = special_token(&settings, "eos_token").and_then(|text| tokenizer.inner.token_to_id(&text));
+            tokenizer.eos = named.map_or(tokenizer.eos, |id| vec![id]);
+        }
+        Ok(tokenizer)
+    }
+
+    /// Reads the bytes of a `tokenizer.json`.
+    ///
+    /// # Errors
+    /// They are malformed, or name tokens that the model has no embedding for.
+    pub fn from_bytes(bytes: &[u8], config: &ModelConfig) -> Result<Self, ModelError> {
+        Self::new(Tokenizer::from_bytes(bytes).map_err(failed)?, config)
     }
 
     /// Wraps a tokenizer; the config says which tokens end an answer, else `</s>` does.
@@ -38,7 +76,10 @@ impl ModelTokenizer {
         inner.with_truncation(None).map_err(failed)?;
         let highest = inner.get_vocab(true).into_values().max().unwrap_or(0);
         if highest as usize >= config.vocab_size {
-            let reason = format!("token {highest} is outside the model's vocabulary of {}", config.vocab_size);
+            let reason = format!(
+                "token {highest} is outside the model's vocabulary of {}",
+                config.vocab_size
+            );
             return Err(ModelError::Tokenizer { reason });
         }
         let mut eos = config.eos_token_ids.clone();
@@ -82,6 +123,55 @@ impl ModelTokenizer {
     }
 }
 
-fn failed(err: tokenizers::Error) -> ModelError {
-    ModelError::Tokenizer { reason: err.to_string() }
+/// `tokenizer_config.json` of a folder, null where there is none.
+pub(crate) fn tokenizer_config(folder: &Path) -> Result<Value, ModelError> {
+    let path = folder.join("tokenizer_config.json");
+    match std::fs::read_to_string(&path) {
+        Ok(text) => serde_json::from_str(&text).map_err(|err| ModelError::BadFile {
+            path,
+            reason: format!("malformed ({err})"),
+        }),
+        Err(_) => Ok(Value::Null),
+    }
 }
+
+/// The text of `bos_token` or `eos_token`; older files write `{"content": "<s>", ...}`.
+pub(crate) fn special_token(settings: &Value, name: &str) -> Option<String> {
+    let value = &settings[name];
+    value.as_str().or_else(|| value["content"].as_str()).map(str::to_owned)
+}
+
+/// What tokenizer_config.json and added_tokens.json say about a `tokenizer.model`.
+fn sentencepiece_options(folder: &Path, settings: &Value) -> Result<sentencepiece::Options, ModelError> {
+    let path = folder.join("added_tokens.json");
+    let bad = |reason: String| ModelError::BadFile {
+        path: path.clone(),
+        reason,
+    };
+    let mut added = std::collections::BTreeMap::new();
+    if let Ok(text) = std::fs::read_to_string(&path) {
+        let ids: std::collections::HashMap<String, u32> =
+            serde_json::from_str(&text).map_err(|err| bad(format!("malformed ({err})")))?;
+        added.extend(ids.into_iter().map(|(text, id)| (id, AddedToken::from(text, true))));
+    }
+    for (id, token) in settings["added_tokens_decoder"].as_object().into_iter().flatten() {
+        if let (Ok(id), Some(text)) = (id.parse(), token["content"].as_str()) {
+            let special = token["special"].as_bool().unwrap_or(false);
+            added.insert(id, AddedToken::from(text.to_owned(), special).normalized(false));
+        }
+    }
+    Ok(sentencepiece::Options {
+        legacy: settings["legacy"].as_bool().unwrap_or(true),
+        add_bos_token: settings["add_bos_token"].as_bool().unwrap_or(true),
+        added: added.into_iter().collect(),
+    })
+}
+
+fn failed(err: tokenizers::Error) -> ModelError {
+    ModelError::Tokenizer {
+        reason: err.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
