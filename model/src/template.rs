@@ -1,18 +1,23 @@
 //! Chat templates: from turns of a conversation to the text that a model continues.
 
+mod python;
+
 use std::path::Path;
 
 use lengthwise_core::{ChatMessage, Prompt};
 use minijinja::{Environment, Error, ErrorKind, context};
 use serde_json::Value;
 
+use crate::tokenizer::{special_token, tokenizer_config};
 use crate::{ModelError, ModelTokenizer};
 
-/// Vicuna v1.1, as FastChat has it: the system text, then `USER: … ASSISTANT: …</s>` turn by turn.
-const VICUNA_V1_1: &str = "A chat between a curious user and an artificial intelligence assistant. The assistant \
-gives helpful, detailed, and polite answers to the user's questions.{% for m in messages %}{% if m.role == 'user' %} \
-USER: {{ m.content }}{% elif m.role == 'assistant' %} ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}\
-{% if add_generation_prompt %} ASSISTANT:{% endif %}";
+/// Vicuna v1.1, as FastChat has it: the system text, then `USER: … ASSISTANT: …</s>USER: …` turn by turn, a space after
+/// the user's turns and none after the assistant's.
+const VICUNA_V1_1: &str = "{% if messages and messages[0].role == 'system' %}{{ messages[0].content }}{% else %}\
+A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and \
+polite answers to the user's questions.{% endif %}{{ ' ' }}{% for m in messages %}{% if m.role == 'user' %}\
+USER: {{ m.content }}{{ ' ' }}{% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}\
+{% if add_generation_prompt %}ASSISTANT:{% endif %}";
 
 /// A chat template in Hugging Face's Jinja dialect.
 #[derive(Debug, Clone)]
@@ -39,12 +44,21 @@ impl PromptTemplate {
         let mut environment = Environment::new();
         environment.set_trim_blocks(true);
         environment.set_lstrip_blocks(true);
-        environment.set_unknown_method_callback(string_method);
+        environment.set_unknown_method_callback(python::method);
+        environment.add_filter("tojson", python::to_json);
         environment.add_function("raise_exception", |message: String| -> Result<String, Error> {
             Err(Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_template_owned("chat", source.to_owned()).map_err(|err| failed(&err))?;
-        Ok(Self { environment, bos: bos.to_owned(), eos: eos.to_owned() })
+        // strftime_now is left undefined on purpose: templates then write a fixed date, and a prompt stays the same.
+        let source = python::without_generation_marks(source);
+        environment
+            .add_template_owned("chat", source)
+            .map_err(|err| failed(&err))?;
+        Ok(Self {
+            environment,
+            bos: bos.to_owned(),
+            eos: eos.to_owned(),
+        })
     }
 
     /// The template of a model folder: `chat_template.jinja`, `tokenizer_config.json`'s `chat_template`, or Vicuna's.
@@ -52,24 +66,30 @@ impl PromptTemplate {
     /// # Errors
     /// A malformed file or template.
     pub fn from_folder(folder: &Path) -> Result<Self, ModelError> {
-        let path = folder.join("tokenizer_config.json");
-        let config = match std::fs::read_to_string(&path) {
-            Ok(text) => serde_json::from_str(&text)
-                .map_err(|err| ModelError::BadFile { path, reason: format!("malformed ({err})") })?,
-            Err(_) => Value::Null,
-        };
-        let token = |name: &str, default: &str| match &config[name] {
-            Value::String(text) => text.clone(),
-            // Older files write {"content": "<s>", ...}.
-            Value::Object(map) => map.get("content").and_then(Value::as_str).unwrap_or(default).to_owned(),
-            _ => default.to_owned(),
-        };
-        let (bos, eos) = (token("bos_token", "<s>"), token("eos_token", "</s>"));
-        let file = std::fs::read_to_string(folder.join("chat_template.jinja")).ok();
-        match file.or_else(|| default_template(&config["chat_template"])) {
-            Some(source) => Self::from_jinja(&source, &bos, &eos),
-            None => Self::from_jinja(VICUNA_V1_1, &bos, &eos),
+        let settings = tokenizer_config(folder)?;
+        match std::fs::read_to_string(folder.join("chat_template.jinja")) {
+            Ok(source) => Self::of(&settings, Some(&source)),
+            Err(_) => Self::of(&settings, None),
         }
+    }
+
+    /// The template of the text of a `tokenizer_config.json`, or Vicuna's where it has none.
+    ///
+    /// # Errors
+    /// It is malformed, or its template is.
+    pub fn from_tokenizer_config(text: &str) -> Result<Self, ModelError> {
+        let malformed = |err: serde_json::Error| ModelError::BadFile {
+            path: "tokenizer_config.json".into(),
+            reason: format!("malformed ({err})"),
+        };
+        Self::of(&serde_json::from_str(text).map_err(malformed)?, None)
+    }
+
+    fn of(settings: &Value, source: Option<&str>) -> Result<Self, ModelError> {
+        let token = |name: &str, default: &str| special_token(settings, name).unwrap_or_else(|| default.to_owned());
+        let (bos, eos) = (token("bos_token", "<s>"), token("eos_token", "</s>"));
+        let source = source.or_else(|| default_template(&settings["chat_template"]));
+        Self::from_jinja(source.unwrap_or(VICUNA_V1_1), &bos, &eos)
     }
 
     /// The conversation as text, ending where the assistant's next turn begins.
@@ -121,12 +141,12 @@ impl PromptTemplate {
 }
 
 /// `chat_template` is a text, or a list of named ones of which `default` is meant.
-fn default_template(value: &Value) -> Option<String> {
+fn default_template(value: &Value) -> Option<&str> {
     match value {
-        Value::String(source) => Some(source.clone()),
+        Value::String(source) => Some(source),
         Value::Array(named) => {
             let default = named.iter().find(|t| t["name"] == "default").or(named.first())?;
-            default["template"].as_str().map(str::to_owned)
+            default["template"].as_str()
         }
         _ => None,
     }
@@ -134,91 +154,10 @@ fn default_template(value: &Value) -> Option<String> {
 
 fn failed(err: &Error) -> ModelError {
     let line = err.line().map(|l| format!(" (line {l})")).unwrap_or_default();
-    ModelError::Template { reason: format!("{}{line}", err.detail().map_or(err.to_string(), str::to_owned)) }
-}
-
-/// The Python string methods that chat templates call.
-fn string_method(
-    _: &minijinja::State,
-    value: &minijinja::Value,
-    method: &str,
-    args: &[minijinja::Value],
-) -> Result<minijinja::Value, Error> {
-    let unknown = || Error::new(ErrorKind::UnknownMethod, format!("method {method} is not supported"));
-    let arg = || args.first().and_then(|a| a.as_str());
-    if method == "get" && value.kind() == minijinja::value::ValueKind::Map {
-        let found = args.first().map(|key| value.get_item(key)).transpose()?.filter(|v| !v.is_undefined());
-        return Ok(found.or_else(|| args.get(1).cloned()).unwrap_or(minijinja::Value::from(())));
+    ModelError::Template {
+        reason: format!("{}{line}", err.detail().map_or(err.to_string(), str::to_owned)),
     }
-    let text = value.as_str().ok_or_else(unknown)?;
-    let chars = |c: char| arg().map_or(c.is_whitespace(), |set| set.contains(c));
-    Ok(match (method, arg()) {
-        ("strip", _) => text.trim_matches(chars).into(),
-        ("lstrip", _) => text.trim_start_matches(chars).into(),
-        ("rstrip", _) => text.trim_end_matches(chars).into(),
-        ("upper", _) => text.to_uppercase().into(),
-        ("lower", _) => text.to_lowercase().into(),
-        ("startswith", Some(prefix)) => text.starts_with(prefix).into(),
-        ("endswith", Some(suffix)) => text.ends_with(suffix).into(),
-        ("split", Some(by)) => minijinja::Value::from_iter(text.split(by)),
-        ("split", None) => minijinja::Value::from_iter(text.split_whitespace()),
-        ("replace", Some(from)) => match args.get(1).and_then(|a| a.as_str()) {
-            Some(to) => text.replace(from, to).into(),
-            None => return Err(unknown()),
-        },
-        _ => return Err(unknown()),
-    })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn chat() -> Vec<ChatMessage> {
-        vec![ChatMessage::user("Hi"), ChatMessage::assistant("Hello"), ChatMessage::user(" Bye ")]
-    }
-
-    #[test]
-    fn vicuna_is_written_as_published() -> anyhow::Result<()> {
-        let template = PromptTemplate::vicuna_v1_1()?;
-        assert_eq!(
-            template.render(&[ChatMessage::user("What is the sun?")])?,
-            "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, \
-             detailed, and polite answers to the user's questions. USER: What is the sun? ASSISTANT:"
-        );
-        assert!(template.render(&chat())?.ends_with("USER: Hi ASSISTANT: Hello</s> USER:  Bye  ASSISTANT:"));
-        Ok(())
-    }
-
-    #[test]
-    fn a_template_in_the_style_of_llama_3() -> anyhow::Result<()> {
-        let source = "{{ bos_token }}{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + \
-                      '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}\
-                      {% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}";
-        let template = PromptTemplate::from_jinja(source, "<|begin_of_text|>", "<|eot_id|>")?;
-        let text = template.render(&chat()[2..])?;
-        assert_eq!(
-            text,
-            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nBye<|eot_id|>\
-             <|start_header_id|>assistant<|end_header_id|>\n\n"
-        );
-        Ok(())
-    }
-
-    #[test]
-    fn a_template_that_refuses_says_why() -> anyhow::Result<()> {
-        let source = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system turn comes first') }}{% endif %}";
-        let err = PromptTemplate::from_jinja(source, "", "")?.render(&chat()).expect_err("refused").to_string();
-        assert!(err.contains("a system turn comes first"), "{err}");
-        assert!(PromptTemplate::from_jinja("{% if %}", "", "").is_err());
-        Ok(())
-    }
-
-    #[test]
-    fn python_string_methods_work() -> anyhow::Result<()> {
-        let source = "{{ messages[2].content.strip().upper() }}|{{ messages[0].content.startswith('H') }}|\
-                      {{ messages[0].get('tool', 'none') }}|{{ 'a-b'.split('-')[1] }}";
-        assert_eq!(PromptTemplate::from_jinja(source, "", "")?.render(&chat())?, "BYE|True|none|b");
-        Ok(())
-    }
-}
+mod tests;
