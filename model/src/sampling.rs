@@ -26,6 +26,14 @@ impl Sampler {
         }
     }
 
+    /// Where a request's random stream is after `drawn` tokens: a request that was interrupted goes on as it would have.
+    pub fn at(params: SamplingParams, drawn: u64) -> Self {
+        let mut sampler = Self::new(params);
+        // A number of 64 bits is two words of the stream.
+        sampler.rng.set_word_pos(2 * u128::from(drawn));
+        sampler
+    }
+
     /// The next token; of equally likely ones the lowest at temperature 0.
     ///
     /// - `logits`: `[vocab]`
@@ -34,15 +42,17 @@ impl Sampler {
     /// No logit is finite.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, ModelError> {
         let (best, largest) = argmax(logits).ok_or(ModelError::NonFiniteLogits)?;
-        if self.params.temperature <= 0.0 {
+        if self.params.temperature.is_nan() || self.params.temperature <= 0.0 {
             return Ok(best);
         }
         // 53 bits: a number in [0, 1).
         let draw = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
         let weigh = |logit: f32| ((logit - largest) / self.params.temperature).exp();
-        let candidates = logits.iter().enumerate().filter(|(_, l)| !l.is_nan());
+        let candidates = logits.iter().enumerate().filter(|(_, l)| l.is_finite());
+        let candidates = candidates.map(|(token, &logit)| (token as u32, weigh(logit)));
         self.candidates.clear();
-        self.candidates.extend(candidates.map(|(token, &logit)| (token as u32, weigh(logit))));
+        // What has no weight may never be drawn, not even where sums are rounded.
+        self.candidates.extend(candidates.filter(|(_, weight)| *weight > 0.0));
         self.keep_top_k();
         self.keep_top_p();
         Ok(pick(&self.candidates, draw).unwrap_or(best))
@@ -59,12 +69,23 @@ impl Sampler {
     }
 
     fn keep_top_p(&mut self) {
-        if self.params.top_p >= 1.0 {
+        if self.params.top_p.is_nan() || self.params.top_p >= 1.0 {
             return;
         }
-        self.candidates.sort_unstable_by(by_weight);
         let total: f64 = self.candidates.iter().map(|(_, w)| f64::from(*w)).sum();
-        let enough = total * f64::from(self.params.top_p);
+        let enough = total * f64::from(self.params.top_p.max(0.0));
+        // A full sort of a large vocabulary costs more than the rest of the draw: only the heaviest are sorted, four
+        // times as many until they suffice.
+        let mut heaviest = 256;
+        while heaviest < self.candidates.len() {
+            self.candidates.select_nth_unstable_by(heaviest - 1, by_weight);
+            let sum: f64 = self.candidates[..heaviest].iter().map(|(_, w)| f64::from(*w)).sum();
+            if sum >= enough {
+                self.candidates.truncate(heaviest);
+            }
+            heaviest *= 4;
+        }
+        self.candidates.sort_unstable_by(by_weight);
         let mut sum = 0.0;
         let reaches = |(_, w): &(u32, f32)| {
             sum += f64::from(*w);
@@ -118,7 +139,12 @@ mod tests {
     }
 
     fn params(temperature: f32, top_k: u32, top_p: f32) -> SamplingParams {
-        SamplingParams { temperature, top_k, top_p, seed: 3 }
+        SamplingParams {
+            temperature,
+            top_k,
+            top_p,
+            seed: 3,
+        }
     }
 
     #[test]
@@ -133,7 +159,10 @@ mod tests {
         // Weights 1 : 2 : 5 at temperature 1, 1 : 4 : 25 at one half.
         let logits = [0.0, 2f32.ln(), 5f32.ln()];
         let got = counts(params(1.0, 0, 1.0), &logits, 8000);
-        assert!((900..1100).contains(&got[0]) && (4850..5150).contains(&got[2]), "{got:?}");
+        assert!(
+            (900..1100).contains(&got[0]) && (4850..5150).contains(&got[2]),
+            "{got:?}"
+        );
         let got = counts(params(0.5, 0, 1.0), &logits, 3000);
         assert!((60..140).contains(&got[0]) && (2400..2600).contains(&got[2]), "{got:?}");
     }
@@ -150,10 +179,76 @@ mod tests {
     }
 
     #[test]
+    fn top_p_keeps_of_a_large_vocabulary_what_a_full_sort_keeps() {
+        // Zipf's weights 1/n, out of order: the heaviest whose sum first reaches nine tenths.
+        let n = 5000u32;
+        let rank = |token: u32| (token * 1237) % n + 1;
+        let logits: Vec<f32> = (0..n).map(|t| -(rank(t) as f32).ln()).collect();
+        let total: f64 = (1..=n).map(|r| 1.0 / f64::from(r)).sum();
+        let mut sum = 0.0;
+        let kept = (1..=n)
+            .take_while(|r| {
+                let before = sum;
+                sum += 1.0 / f64::from(*r);
+                before < 0.9 * total
+            })
+            .count();
+        let mut sampler = Sampler::new(params(1.0, 0, 0.9));
+        sampler.sample(&logits).expect("finite");
+        assert!(
+            sampler.candidates.len().abs_diff(kept) <= 1,
+            "{} kept, want {kept}",
+            sampler.candidates.len()
+        );
+        assert!(sampler.candidates.iter().all(|(t, _)| rank(*t) as usize <= kept + 1));
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_never_drawn() {
+        let logits = [f32::NAN, 0.0, f32::NEG_INFINITY, 0.0, f32::INFINITY, -1e9];
+        let got = counts(params(1.0, 0, 1.0), &logits, 400);
+        assert_eq!([got[0], got[2], got[4], got[5]], [0; 4]);
+        assert!(got[1] > 100 && got[3] > 100, "{got:?}");
+        assert_eq!(counts(params(f32::NAN, 0, 1.0), &[0.0, 1.0], 5), [0, 5]);
+    }
+
+    #[test]
+    fn a_stream_goes_on_where_it_was_interrupted() {
+        let params = params(1.0, 0, 1.0);
+        let mut whole = Sampler::new(params);
+        let tokens: Vec<u32> = (0..12).map(|_| whole.sample(&[0.0; 90]).expect("finite")).collect();
+        for drawn in [0, 1, 7] {
+            let mut rest = Sampler::at(params, drawn);
+            for want in &tokens[drawn as usize..] {
+                assert_eq!(rest.sample(&[0.0; 90]).expect("finite"), *want, "after {drawn}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_token_depends_on_its_place_and_logits_not_on_what_was_drawn_before() {
+        let params = params(1.0, 0, 1.0);
+        let (mut a, mut b) = (Sampler::new(params), Sampler::new(params));
+        a.sample(&[0.0; 8]).expect("finite");
+        b.sample(&[0.0, 9.0]).expect("finite");
+        assert_eq!(
+            a.sample(&[0.0; 70]).expect("finite"),
+            b.sample(&[0.0; 70]).expect("finite")
+        );
+    }
+
+    #[test]
     fn the_same_seed_draws_the_same_tokens() {
         let run = |seed| {
-            let mut sampler = Sampler::new(SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, seed });
-            (0..20).map(|_| sampler.sample(&[0.0; 50]).expect("finite")).collect::<Vec<_>>()
+            let mut sampler = Sampler::new(SamplingParams {
+                temperature: 1.0,
+                top_k: 0,
+                top_p: 1.0,
+                seed,
+            });
+            (0..20)
+                .map(|_| sampler.sample(&[0.0; 50]).expect("finite"))
+                .collect::<Vec<_>>()
         };
         assert_eq!(run(1), run(1));
         assert_ne!(run(1), run(2));
