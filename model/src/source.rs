@@ -79,24 +79,48 @@ fn find(spec: &str) -> Result<PathBuf, ModelError> {
     if folder.is_dir() {
         return Ok(folder.to_owned());
     }
-    let missing = |reason: String| ModelError::NotFound { spec: spec.to_owned(), reason };
-    let is_hub_id = spec.split('/').count() == 2 && !spec.starts_with(['.', '/']) && !folder.exists();
+    let missing = |reason: String| ModelError::NotFound {
+        spec: spec.to_owned(),
+        reason,
+    };
+    if folder.is_file() {
+        return Err(missing("it is a file; name the model folder that holds it".to_owned()));
+    }
+    let is_hub_id = spec.split('/').count() == 2 && !spec.starts_with(['.', '/', '~']);
     if !is_hub_id {
         return Err(missing("there is no such folder".to_owned()));
     }
-    cached_snapshot(spec).ok_or_else(|| {
-        missing(format!("neither a folder nor in the Hugging Face cache; fetch it with `hf download {spec}`"))
+    hub_cache().and_then(|hub| cached_snapshot(&hub, spec)).ok_or_else(|| {
+        missing(format!(
+            "neither a folder nor in the Hugging Face cache; fetch it with `hf download {spec}`"
+        ))
     })
 }
 
-/// The newest revision of a hub model in the local cache.
-fn cached_snapshot(id: &str) -> Option<PathBuf> {
+/// The folder of the local Hugging Face cache, as huggingface_hub finds it.
+fn hub_cache() -> Option<PathBuf> {
+    if let Some(hub) = std::env::var_os("HF_HUB_CACHE") {
+        return Some(PathBuf::from(hub));
+    }
     let home = std::env::var_os("HF_HOME").map(PathBuf::from);
     let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")))?;
-    let model = home.join("hub").join(format!("models--{}", id.replace('/', "--")));
-    let revision = std::fs::read_to_string(model.join("refs/main")).ok()?;
-    let snapshot = model.join("snapshots").join(revision.trim());
-    snapshot.is_dir().then_some(snapshot)
+    Some(home.join("hub"))
+}
+
+/// The revision of a hub model that `main` was at last, else any that is there.
+fn cached_snapshot(hub: &Path, id: &str) -> Option<PathBuf> {
+    let model = hub.join(format!("models--{}", id.replace('/', "--")));
+    let usable = |folder: &PathBuf| folder.join("config.json").is_file();
+    let main = std::fs::read_to_string(model.join("refs/main")).ok();
+    let main = main.map(|revision| model.join("snapshots").join(revision.trim()));
+    main.filter(usable).or_else(|| {
+        let snapshots = std::fs::read_dir(model.join("snapshots")).ok()?;
+        // In the order of their names, so that the same is taken every time.
+        snapshots
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(usable)
+            .max()
+    })
 }
 
 /// `data/tiny`, found from the current folder, the program's own, or where it was built.
@@ -105,14 +129,112 @@ fn bundled() -> Result<PathBuf, ModelError> {
     let current = std::env::current_dir().ok();
     let program = std::env::current_exe().ok();
     let above = |start: Option<PathBuf>| {
-        let ancestors: Vec<PathBuf> = start.iter().flat_map(|p| p.ancestors()).map(|p| p.join("data")).collect();
+        let ancestors: Vec<PathBuf> = start
+            .iter()
+            .flat_map(|p| p.ancestors())
+            .map(|p| p.join("data"))
+            .collect();
         ancestors
     };
     let built = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../data")).to_owned();
-    let mut candidates = named.into_iter().chain(above(current)).chain(above(program)).chain([built]);
+    let mut candidates = named
+        .into_iter()
+        .chain(above(current))
+        .chain(above(program))
+        .chain([built]);
     let found = candidates.find_map(|data| Some(data.join(TINY)).filter(|p| p.join("config.json").is_file()));
     found.ok_or_else(|| ModelError::NotFound {
         spec: TINY.to_owned(),
         reason: "data/tiny is not beside the program; set LENGTHWISE_DATA to the folder that holds it".to_owned(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hub_model_is_found_in_the_cache() -> anyhow::Result<()> {
+        let hub = tempfile::tempdir()?;
+        let model = hub.path().join("models--org--name");
+        for revision in ["aa", "bb"] {
+            let snapshot = model.join("snapshots").join(revision);
+            std::fs::create_dir_all(&snapshot)?;
+            std::fs::write(snapshot.join("config.json"), "{}")?;
+        }
+        let found = || cached_snapshot(hub.path(), "org/name");
+        assert_eq!(found(), Some(model.join("snapshots/bb")), "no refs: the last");
+        std::fs::create_dir_all(model.join("refs"))?;
+        std::fs::write(model.join("refs/main"), "aa\n")?;
+        assert_eq!(found(), Some(model.join("snapshots/aa")));
+        std::fs::remove_file(model.join("snapshots/aa/config.json"))?;
+        assert_eq!(
+            found(),
+            Some(model.join("snapshots/bb")),
+            "a download that was cut short"
+        );
+        assert_eq!(cached_snapshot(hub.path(), "org/other"), None);
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_not_there_says_what_to_do() -> anyhow::Result<()> {
+        let message = |spec: &str| find(spec).expect_err(spec).to_string();
+        assert!(message("nobody/no-such-model").contains("hf download nobody/no-such-model"));
+        assert!(message("./no-such-folder").contains("no such folder"));
+        let file = tempfile::NamedTempFile::new()?;
+        assert!(message(&file.path().to_string_lossy()).contains("it is a file"));
+        Ok(())
+    }
+
+    /// A whole model folder; its tokenizer knows one word.
+    fn model_folder(config: &ModelConfig) -> anyhow::Result<tempfile::TempDir> {
+        let zeros = |shape: &[usize]| candle_core::Tensor::zeros(shape, DType::F16, &Device::Cpu);
+        let h = config.hidden_size;
+        let mut tensors = std::collections::HashMap::new();
+        tensors.insert("model.embed_tokens.weight".to_owned(), zeros(&[config.vocab_size, h])?);
+        tensors.insert("model.norm.weight".to_owned(), zeros(&[h])?);
+        for layer in 0..config.num_hidden_layers {
+            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+            for kind in crate::LinearKind::ALL {
+                let (out, input) = kind.shape(config);
+                tensors.insert(name(&kind.path()), zeros(&[out, input])?);
+            }
+            tensors.insert(name("input_layernorm"), zeros(&[h])?);
+            tensors.insert(name("post_attention_layernorm"), zeros(&[h])?);
+        }
+        let dir = tempfile::tempdir()?;
+        candle_core::safetensors::save(&tensors, dir.path().join("model.safetensors"))?;
+        std::fs::write(dir.path().join("config.json"), config.to_json())?;
+        let tokenizer = r#"{"model": {"type": "WordLevel", "vocab": {"a": 0, "?": 1}, "unk_token": "?"}}"#;
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer)?;
+        Ok(dir)
+    }
+
+    #[test]
+    fn a_folder_opens_whole_or_names_the_file_that_is_missing() -> anyhow::Result<()> {
+        let config = crate::testing::config();
+        let dir = model_folder(&config)?;
+        let spec = dir.path().to_string_lossy().into_owned();
+        let open = || LoadedModel::open(&spec, DTypeChoice::Auto, &Device::Cpu);
+        let model = open()?;
+        assert_eq!((model.network.config(), model.network.dtype()), (&config, DType::F32));
+        assert_eq!(model.tokenizer.encode("a", true)?, [0]);
+        for file in ["model.safetensors", "tokenizer.json", "config.json"] {
+            std::fs::remove_file(dir.path().join(file))?;
+            let err = open().expect_err(file).to_string();
+            assert!(
+                err.contains(file) && err.contains(&spec) && !err.contains('\n'),
+                "{err}"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn auto_is_the_widest_on_the_cpu_and_a_named_dtype_is_obeyed() {
+        let config = crate::testing::config();
+        assert_eq!(DTypeChoice::Auto.resolve(&config, &Device::Cpu), DType::F32);
+        assert_eq!(DTypeChoice::F16.resolve(&config, &Device::Cpu), DType::F16);
+    }
 }
