@@ -53,8 +53,15 @@ impl Table {
     }
 
     fn of<R>(columns: &[Column<R>], rows: &[R]) -> Self {
-        let used: Vec<&Column<R>> = columns.iter().filter(|(_, cell)| rows.iter().any(|r| cell(r).is_some())).collect();
-        let row = |row: &R| used.iter().map(|(_, cell)| cell(row).unwrap_or_else(|| "–".to_owned())).collect();
+        let used: Vec<&Column<R>> = columns
+            .iter()
+            .filter(|(_, cell)| rows.iter().any(|r| cell(r).is_some()))
+            .collect();
+        let row = |row: &R| {
+            used.iter()
+                .map(|(_, cell)| cell(row).unwrap_or_else(|| "–".to_owned()))
+                .collect()
+        };
         Self {
             header: used.iter().map(|(name, _)| *name).collect(),
             rows: rows.iter().map(row).collect(),
@@ -97,7 +104,12 @@ fn speed_up(first: &StrategyRow, row: &StrategyRow) -> f64 {
 /// `oracle + vbs + fcr`.
 pub fn strategy_name(row: &StrategyRow) -> String {
     let extra = |on, name| if on { name } else { "" };
-    format!("{}{}{}", row.strategy, extra(row.vbs, " + vbs"), extra(row.fcr, " + fcr"))
+    format!(
+        "{}{}{}",
+        row.strategy,
+        extra(row.vbs, " + vbs"),
+        extra(row.fcr, " + fcr")
+    )
 }
 
 /// `33.9 %`.
@@ -123,11 +135,11 @@ pub mod tests {
     use super::*;
     use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyStats};
 
-    /// Two strategies on four requests of 572 tokens together.
+    /// Two strategies on four requests of 572 tokens together; the second takes half of `seconds`.
     pub fn rows(seconds: Option<f64>) -> Vec<StrategyRow> {
         let stats = |slot_steps, failures| StrategyStats {
             requests: 4,
-            steps: 0,
+            steps: slot_steps / 4,
             slot_steps,
             useful_tokens: 572,
             failures,
@@ -135,17 +147,17 @@ pub mod tests {
         let oracle = ScheduleConfig::new(Strategy::Oracle).with(true, true);
         vec![
             stats(2572, 0).row(&ScheduleConfig::new(Strategy::Vanilla), seconds),
-            stats(1144, 1).row(&oracle, seconds),
+            stats(1144, 1).row(&oracle, seconds.map(|s| s / 2.0)),
         ]
     }
 
     #[test]
     fn numbers_are_aligned_and_ratios_are_percent() {
         let want = "\
-strategy            batch  requests  samples/s  tokens/s  avg. length  effective  failures  wasted tokens
----------------------------------------------------------------------------------------------------------
-vanilla                16         4       2.00       286       643.00     22.2 %     0.0 %          2,000
-oracle + vbs + fcr     16         4       2.00       286       286.00     50.0 %    25.0 %            572
+strategy            slots  steps  samples/s  tokens/s  avg. length  effective  failures  wasted tokens  speed-up
+----------------------------------------------------------------------------------------------------------------
+vanilla                16    643       2.00       286       643.00     22.2 %     0.0 %          2,000     1.00x
+oracle + vbs + fcr     16    286       4.00       572       286.00     50.0 %    25.0 %            572     2.00x
 ";
         assert_eq!(Table::strategies(&rows(Some(2.0))).text(), want);
     }
@@ -154,9 +166,14 @@ oracle + vbs + fcr     16         4       2.00       286       286.00     50.0 %
     fn columns_without_a_value_are_left_out() {
         let simulated = Table::strategies(&rows(None));
         assert!(!simulated.header.contains(&"samples/s"), "{:?}", simulated.header);
+        // Nothing was timed: 643 / 286 steps.
+        assert_eq!(simulated.rows[1].last().map(String::as_str), Some("2.25x"));
         let predictor = lengthwise_train::evaluate("constant", &[(100, 10), (100, 151)]);
         let table = Table::predictors(&[predictor]);
-        assert_eq!(table.header, ["predictor", "n", "error", "acc-50", "acc-100", "too low"]);
+        assert_eq!(
+            table.header,
+            ["predictor", "n", "error", "acc-50", "acc-100", "too low"]
+        );
         assert_eq!(table.rows[0], ["constant", "2", "70.5", "0.0 %", "100.0 %", "50.0 %"]);
     }
 

@@ -36,7 +36,12 @@ pub fn figures(rows: &[StrategyRow]) -> Result<Vec<Figure>> {
             name: "strategies-effective",
             title: "Effective token ratio",
             caption: "Tokens of answers, of all that were computed (slots × steps); more is better.".to_owned(),
-            svg: bars("Effective token ratio", rows, &|row| row.effective_token_ratio, &percent)?,
+            svg: bars(
+                "Effective token ratio",
+                rows,
+                &|row| row.effective_token_ratio,
+                &percent,
+            )?,
         });
         figures.push(Figure {
             name: "strategies-wasted",
@@ -44,7 +49,9 @@ pub fn figures(rows: &[StrategyRow]) -> Result<Vec<Figure>> {
             caption: "Tokens computed that are in no answer: padding behind an answer's end, idle slots, and what \
                       failures threw away; fewer is better."
                 .to_owned(),
-            svg: bars("Wasted tokens", rows, &|row| row.wasted_tokens as f64, &|n| grouped(n as u64))?,
+            svg: bars("Wasted tokens", rows, &|row| row.wasted_tokens as f64, &|n| {
+                grouped(n as u64)
+            })?,
         });
     }
     Ok(figures)
@@ -57,17 +64,19 @@ fn bars(
     format: &dyn Fn(f64) -> String,
 ) -> Result<String> {
     let most = rows.iter().map(value).fold(0.0, f64::max);
-    let height = 34 + 20 + rows.len() as u32 * (BAR + GAP) as u32;
+    let height = 34 + 22 + rows.len() as u32 * (BAR + GAP) as u32;
     canvas(title, height, |area| {
         for (i, row) in rows.iter().enumerate() {
-            let top = 8 + i as i32 * (BAR + GAP);
+            let top = 12 + i as i32 * (BAR + GAP);
             let middle = top + BAR / 2;
             let share = if most > 0.0 { value(row) / most } else { 0.0 };
             let end = LEFT + (share * f64::from(RIGHT - LEFT)).round().max(1.0) as i32;
             let bar = Rectangle::new([(LEFT, top), (end, top + BAR)], color(&row.strategy).filled());
             area.draw(&bar).map_err(failed)?;
-            area.draw_text(&strategy_name(row), &text(INK, HPos::Right), (LEFT - 12, middle)).map_err(failed)?;
-            area.draw_text(&format(value(row)), &text(INK, HPos::Left), (end + 10, middle)).map_err(failed)?;
+            area.draw_text(&strategy_name(row), &text(INK, HPos::Right), (LEFT - 12, middle))
+                .map_err(failed)?;
+            area.draw_text(&format(value(row)), &text(INK, HPos::Left), (end + 10, middle))
+                .map_err(failed)?;
         }
         Ok(())
     })

@@ -38,7 +38,11 @@ const LEGEND_HEIGHT: u32 = 26;
 const MARGIN: u32 = 16;
 
 pub type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-pub type Plot<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>>;
+pub type Plot<'a> = ChartContext<
+    'a,
+    SVGBackend<'a>,
+    Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
+>;
 
 /// One axis.
 pub struct Axis<'a> {
@@ -68,7 +72,10 @@ pub struct Frame<'a> {
 
 /// Text of a colour at one end or the middle of its position.
 pub fn text(color: RGBColor, anchor: HPos) -> TextStyle<'static> {
-    let style = TextStyle { color: color.to_backend_color(), ..TextStyle::from(("sans-serif", TEXT_SIZE).into_font()) };
+    let style = TextStyle {
+        color: color.to_backend_color(),
+        ..TextStyle::from(("sans-serif", TEXT_SIZE).into_font())
+    };
     style.pos(Pos::new(anchor, VPos::Center))
 }
 
@@ -79,7 +86,9 @@ pub fn canvas(title: &str, height: u32, content: impl FnOnce(&Canvas) -> Result<
         let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
         root.fill(&PAPER).map_err(failed)?;
         let bold = ("sans-serif", TITLE_SIZE).into_font().style(FontStyle::Bold);
-        let style = TextStyle::from(bold).color(&INK).pos(Pos::new(HPos::Left, VPos::Center));
+        let style = TextStyle::from(bold)
+            .color(&INK)
+            .pos(Pos::new(HPos::Left, VPos::Center));
         root.draw_text(title, &style, (MARGIN as i32, 22)).map_err(failed)?;
         let (_, below) = root.split_vertically(TITLE_HEIGHT);
         content(&below)?;
@@ -94,12 +103,22 @@ pub fn chart(frame: &Frame, series: impl FnOnce(&mut Plot) -> Result<()>) -> Res
         legend(below, frame.legend)?;
         let (_, area) = below.split_vertically(if frame.legend.is_empty() { 0 } else { LEGEND_HEIGHT });
         let mut builder = ChartBuilder::on(&area);
-        builder.margin(MARGIN).margin_top(10).set_label_area_size(LabelAreaPosition::Bottom, 46);
+        builder
+            .margin(MARGIN)
+            .margin_top(10)
+            .margin_right(2 * MARGIN)
+            .set_label_area_size(LabelAreaPosition::Bottom, 46);
         builder.set_label_area_size(LabelAreaPosition::Left, 64);
-        let mut plot = builder.build_cartesian_2d(frame.x.range.clone(), frame.y.range.clone()).map_err(failed)?;
+        let mut plot = builder
+            .build_cartesian_2d(frame.x.range.clone(), frame.y.range.clone())
+            .map_err(failed)?;
         let label = text(QUIET, HPos::Center);
         let mut mesh = plot.configure_mesh();
-        mesh.x_labels(frame.x.ticks).y_labels(frame.y.ticks).max_light_lines(0).bold_line_style(GRID).axis_style(GRID);
+        mesh.x_labels(frame.x.ticks)
+            .y_labels(frame.y.ticks)
+            .max_light_lines(0)
+            .bold_line_style(GRID)
+            .axis_style(GRID);
         mesh.x_label_formatter(frame.x.format).y_label_formatter(frame.y.format);
         mesh.x_desc(frame.x.label).y_desc(frame.y.label);
         mesh.label_style(("sans-serif", TEXT_SIZE).into_font().color(&QUIET));
@@ -112,8 +131,10 @@ fn legend(area: &Canvas, entries: &[(String, RGBColor)]) -> Result<()> {
     let mut x = MARGIN as i32;
     let y = LEGEND_HEIGHT as i32 / 2;
     for (name, color) in entries {
-        area.draw(&Rectangle::new([(x, y - 6), (x + 12, y + 6)], color.filled())).map_err(failed)?;
-        area.draw_text(name, &text(INK, HPos::Left), (x + 18, y)).map_err(failed)?;
+        area.draw(&Rectangle::new([(x, y - 6), (x + 12, y + 6)], color.filled()))
+            .map_err(failed)?;
+        area.draw_text(name, &text(INK, HPos::Left), (x + 18, y))
+            .map_err(failed)?;
         // The library knows no widths of letters: seven pixels are a wide one of this size.
         x += 18 + 7 * name.chars().count() as i32 + 22;
     }
@@ -127,20 +148,32 @@ pub fn failed(err: impl std::fmt::Display) -> anyhow::Error {
 
 /// The next round number from `value` up: 1, 2, 2.5 or 5 times a power of ten.
 pub fn round_up(value: f64) -> f64 {
+    next(value, &[1.0, 2.0, 2.5, 5.0])
+}
+
+/// Where an axis ends that shows up to `value`: finer than [`round_up`], so that little of the plot stays empty.
+pub fn axis_end(value: f64) -> f64 {
+    next(value, &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0])
+}
+
+fn next(value: f64, steps: &[f64]) -> f64 {
     if value <= 0.0 {
         return 1.0;
     }
     let power = 10f64.powf(value.log10().floor());
-    let steps = [1.0, 2.0, 2.5, 5.0, 10.0];
-    let step = steps.into_iter().find(|step| step * power >= value * (1.0 - 1e-9));
-    step.unwrap_or(10.0) * power
+    let step = steps.iter().find(|&step| step * power >= value * (1.0 - 1e-9));
+    step.unwrap_or(&10.0) * power
 }
 
 /// An axis's number: whole ones with thousands set apart, others with up to three digits behind the point.
 pub fn number(value: &f64) -> String {
     // Ticks are sums of steps, so 0.3 may come as 0.30000000000000004.
     let rounded = (value * 1000.0).round() / 1000.0;
-    if rounded.fract() == 0.0 && rounded >= 0.0 { crate::table::grouped(rounded as u64) } else { rounded.to_string() }
+    if rounded.fract() == 0.0 && rounded >= 0.0 {
+        crate::table::grouped(rounded as u64)
+    } else {
+        rounded.to_string()
+    }
 }
 
 #[cfg(test)]
@@ -149,7 +182,11 @@ mod tests {
 
     #[test]
     fn axes_end_at_round_numbers() {
-        assert_eq!([0.0, 1.0, 1.1, 2.2, 430.0, 7000.0].map(round_up), [1.0, 1.0, 2.0, 2.5, 500.0, 10000.0]);
+        assert_eq!(
+            [0.0, 1.0, 1.1, 2.2, 430.0, 7000.0].map(round_up),
+            [1.0, 1.0, 2.0, 2.5, 500.0, 10000.0]
+        );
+        assert_eq!([0.0, 1.1, 816.0, 5.5, 8.1].map(axis_end), [1.0, 1.2, 1000.0, 6.0, 10.0]);
         assert_eq!([0.1 + 0.2, 1500.0, 0.0].map(|v| number(&v)), ["0.3", "1,500", "0"]);
     }
 }

@@ -34,7 +34,11 @@ pub struct ReportData {
 impl ReportData {
     /// Whether there is nothing to show.
     pub fn is_empty(&self) -> bool {
-        *self == Self { setup: self.setup.clone(), ..Self::default() }
+        *self
+            == Self {
+                setup: self.setup.clone(),
+                ..Self::default()
+            }
     }
 }
 

@@ -4,7 +4,9 @@ use anyhow::Result;
 use plotters::prelude::*;
 
 use super::Figure;
-use super::chart::{AMBER, Axis, BLUE, Frame, GREEN, Plot, QUIET, VIOLET, chart, failed, number, round_up, series_color};
+use super::chart::{
+    AMBER, Axis, BLUE, Frame, GREEN, Plot, QUIET, VIOLET, axis_end, chart, failed, number, round_up, series_color,
+};
 use super::data::PredictionSeries;
 use crate::table::percent;
 
@@ -35,7 +37,12 @@ pub fn histogram(samples: &[Vec<u32>]) -> Result<Figure> {
         (format!("median {}", number(&median)), AMBER),
         (format!("95 % are below {}", number(&high)), VIOLET),
     ];
-    let x = Axis { label: "length, in tokens", range: 0.0..end, ticks: 9, format: &number };
+    let x = Axis {
+        label: "length, in tokens",
+        range: 0.0..end,
+        ticks: 9,
+        format: &number,
+    };
     Ok(Figure {
         name: "lengths",
         title: "Response lengths",
@@ -54,13 +61,21 @@ pub fn spread(samples: &[Vec<u32>]) -> Result<Figure> {
     let bars = ((SPREAD_LAST - 1.0) / SPREAD_STEP) as usize + 1;
     let counts = counts(&ratios, 1.0, SPREAD_STEP, bars);
     let median = quantile(&ratios, 0.5);
-    let legend = [("instructions".to_owned(), BLUE), (format!("median {median:.2}"), AMBER)];
+    let legend = [
+        ("instructions".to_owned(), BLUE),
+        (format!("median {median:.2}"), AMBER),
+    ];
     let last = SPREAD_LAST + SPREAD_STEP;
     let tick = |value: &f64| match *value {
         value if value >= SPREAD_LAST => "5 or more".to_owned(),
         value => number(&value),
     };
-    let x = Axis { label: "longest sample ÷ shortest sample", range: 1.0..last, ticks: 9, format: &tick };
+    let x = Axis {
+        label: "longest sample ÷ shortest sample",
+        range: 1.0..last,
+        ticks: 9,
+        format: &tick,
+    };
     let twice = ratios.iter().filter(|&&ratio| ratio >= 2.0).count() as f64 / ratios.len().max(1) as f64;
     Ok(Figure {
         name: "length-spread",
@@ -70,10 +85,14 @@ pub fn spread(samples: &[Vec<u32>]) -> Result<Figure> {
              twice as long as another: that much of the length is chance, which no predictor can know.",
             percent(twice)
         ),
-        svg: columns("Spread of lengths over the samples of an instruction", &legend, x, "instructions", &counts, &[(
-            median.min(last),
-            AMBER,
-        )])?,
+        svg: columns(
+            "Spread of lengths over the samples of an instruction",
+            &legend,
+            x,
+            "instructions",
+            &counts,
+            &[(median.min(last), AMBER)],
+        )?,
     })
 }
 
@@ -109,19 +128,35 @@ fn columns(
     marks: &[(f64, RGBColor)],
 ) -> Result<String> {
     let most = counts.iter().map(|bar| bar.2).fold(0.0, f64::max);
-    let top = round_up(most * 1.02);
-    let y = Axis { label: y_label, range: 0.0..top, ticks: 6, format: &number };
-    chart(&Frame { title, height: HEIGHT, legend, x, y }, |plot: &mut Plot| {
-        let bar = |&(left, right, count): &(f64, f64, f64)| {
-            let gap = 0.06 * (right - left);
-            Rectangle::new([(left + gap, 0.0), (right - gap, count)], BLUE.filled())
-        };
-        plot.draw_series(counts.iter().filter(|bar| bar.2 > 0.0).map(bar)).map_err(failed)?;
-        for &(at, color) in marks {
-            plot.draw_series(LineSeries::new([(at, 0.0), (at, top)], color.stroke_width(2))).map_err(failed)?;
-        }
-        Ok(())
-    })
+    let top = axis_end(most * 1.02);
+    let y = Axis {
+        label: y_label,
+        range: 0.0..top,
+        ticks: 6,
+        format: &number,
+    };
+    chart(
+        &Frame {
+            title,
+            height: HEIGHT,
+            legend,
+            x,
+            y,
+        },
+        |plot: &mut Plot| {
+            let bar = |&(left, right, count): &(f64, f64, f64)| {
+                let gap = 0.06 * (right - left);
+                Rectangle::new([(left + gap, 0.0), (right - gap, count)], BLUE.filled())
+            };
+            plot.draw_series(counts.iter().filter(|bar| bar.2 > 0.0).map(bar))
+                .map_err(failed)?;
+            for &(at, color) in marks {
+                plot.draw_series(LineSeries::new([(at, 0.0), (at, top)], color.stroke_width(2)))
+                    .map_err(failed)?;
+            }
+            Ok(())
+        },
+    )
 }
 
 /// Predicted against true lengths, with the diagonal and the band of Acc-50.
@@ -129,35 +164,74 @@ fn columns(
 /// # Errors
 /// The drawing library failed.
 pub fn predictions(series: &[PredictionSeries]) -> Result<Figure> {
-    let values = series.iter().flat_map(|s| &s.points).flat_map(|&(predicted, actual)| [predicted, actual]);
-    let most = round_up(1.02 * f64::from(values.max().unwrap_or(1)));
-    let mut legend: Vec<_> =
-        series.iter().enumerate().map(|(i, s)| (s.predictor.clone(), series_color(i))).collect();
+    let values = series
+        .iter()
+        .flat_map(|s| &s.points)
+        .flat_map(|&(predicted, actual)| [predicted, actual]);
+    let most = axis_end(f64::from(values.max().unwrap_or(1)));
+    let mut legend: Vec<_> = series
+        .iter()
+        .enumerate()
+        .map(|(i, s)| (s.predictor.clone(), series_color(i)))
+        .collect();
     legend.push(("within 50 tokens".to_owned(), GREEN));
-    let axis = |label| Axis { label, range: 0.0..most, ticks: 7, format: &number };
+    let axis = |label| Axis {
+        label,
+        range: 0.0..most,
+        ticks: 7,
+        format: &number,
+    };
     let (x, y) = (axis("true length, in tokens"), axis("predicted length, in tokens"));
     let title = "Predicted and true lengths";
-    let svg = chart(&Frame { title, height: 520, legend: &legend, x, y }, |plot: &mut Plot| {
-        plot.draw_series([Polygon::new(band(most), GREEN.mix(0.16).filled())]).map_err(failed)?;
-        plot.draw_series(LineSeries::new([(0.0, 0.0), (most, most)], QUIET.stroke_width(1))).map_err(failed)?;
-        for (i, series) in series.iter().enumerate() {
-            let dot = |&(predicted, actual): &(u32, u32)| {
-                Circle::new((f64::from(actual), f64::from(predicted)), 3, series_color(i).mix(0.6).filled())
-            };
-            plot.draw_series(series.points.iter().map(dot)).map_err(failed)?;
-        }
-        Ok(())
-    })?;
-    let caption = "Each dot is an instruction; on the diagonal a prediction is exact, below it too low, so that a batch \
+    let svg = chart(
+        &Frame {
+            title,
+            height: 520,
+            legend: &legend,
+            x,
+            y,
+        },
+        |plot: &mut Plot| {
+            plot.draw_series([Polygon::new(band(most), GREEN.mix(0.16).filled())])
+                .map_err(failed)?;
+            plot.draw_series(LineSeries::new([(0.0, 0.0), (most, most)], QUIET.stroke_width(1)))
+                .map_err(failed)?;
+            for (i, series) in series.iter().enumerate() {
+                let dot = |&(predicted, actual): &(u32, u32)| {
+                    Circle::new(
+                        (f64::from(actual), f64::from(predicted)),
+                        3,
+                        series_color(i).mix(0.6).filled(),
+                    )
+                };
+                plot.draw_series(series.points.iter().map(dot)).map_err(failed)?;
+            }
+            Ok(())
+        },
+    )?;
+    let caption =
+        "Each dot is an instruction; on the diagonal a prediction is exact, below it too low, so that a batch \
                    stopped there would cut the answer."
-        .to_owned();
-    Ok(Figure { name: "predictions", title, caption, svg })
+            .to_owned();
+    Ok(Figure {
+        name: "predictions",
+        title,
+        caption,
+        svg,
+    })
 }
 
 /// The corners of the band around the diagonal, cut at the axes.
 fn band(most: f64) -> Vec<(f64, f64)> {
     let width = BAND.min(most);
-    vec![(0.0, 0.0), (0.0, width), (most - width, most), (most, most), (most, most - width), (width, 0.0)]
+    vec![
+        (0.0, 0.0),
+        (0.0, width),
+        (most - width, most),
+        (most, most),
+        (most, most - width),
+        (width, 0.0),
+    ]
 }
 
 #[cfg(test)]
@@ -173,7 +247,10 @@ mod tests {
     #[test]
     fn quantiles_are_nearest_ranks() {
         let values = [1.0, 2.0, 3.0, 4.0];
-        assert_eq!([0.0, 0.5, 0.75, 0.95].map(|share| quantile(&values, share)), [1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(
+            [0.0, 0.5, 0.75, 0.95].map(|share| quantile(&values, share)),
+            [1.0, 2.0, 3.0, 4.0]
+        );
     }
 
     #[test]

@@ -71,7 +71,10 @@ mod tests {
             "length-spread",
         ];
         assert_eq!(names, want);
-        let untimed = ReportData { strategies: crate::table::tests::rows(None), ..ReportData::default() };
+        let untimed = ReportData {
+            strategies: crate::table::tests::rows(None),
+            ..ReportData::default()
+        };
         let names: Vec<&str> = figures(&untimed)?.iter().map(|figure| figure.name).collect();
         assert_eq!(names, ["strategies-effective", "strategies-wasted"]);
         Ok(())

@@ -52,14 +52,21 @@ fn table(table: &Table) -> String {
         format!("<tr>{cells}</tr>\n")
     };
     let head = cells("th", &mut table.header.iter().copied());
-    let rows: String = table.rows.iter().map(|row| cells("td", &mut row.iter().map(String::as_str))).collect();
+    let rows: String = table
+        .rows
+        .iter()
+        .map(|row| cells("td", &mut row.iter().map(String::as_str)))
+        .collect();
     format!("<div class=\"table\"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}</tbody>\n</table></div>")
 }
 
 fn figure(figure: &Figure) -> String {
     let label = format!("<svg role=\"img\" aria-label=\"{}\" ", escape(figure.title));
     let svg = figure.svg.replacen("<svg ", &label, 1);
-    format!("<figure>\n{svg}<figcaption>{}</figcaption>\n</figure>\n", escape(&figure.caption))
+    format!(
+        "<figure>\n{svg}<figcaption>{}</figcaption>\n</figure>\n",
+        escape(&figure.caption)
+    )
 }
 
 fn escape(text: &str) -> String {

@@ -4,7 +4,7 @@ use anyhow::Result;
 use plotters::prelude::*;
 
 use super::Figure;
-use super::chart::{Axis, Frame, Plot, chart, failed, number, round_up, series_color};
+use super::chart::{Axis, Frame, Plot, axis_end, chart, failed, number, series_color};
 use super::data::{StepTime, ThroughputPoint};
 
 const HEIGHT: u32 = 400;
@@ -18,7 +18,11 @@ type Line = (String, Vec<(f64, f64)>);
 /// The drawing library failed.
 pub fn throughput(points: &[ThroughputPoint]) -> Result<Figure> {
     let exponent = |size: u32| f64::from(size.max(1)).log2();
-    let lines = lines(points.iter().map(|p| (p.series.clone(), (exponent(p.batch_size), p.tokens_per_s))));
+    let lines = lines(
+        points
+            .iter()
+            .map(|p| (p.series.clone(), (exponent(p.batch_size), p.tokens_per_s))),
+    );
     let (least, most) = points.iter().fold((f64::MAX, 0f64), |(least, most), p| {
         (least.min(exponent(p.batch_size)), most.max(exponent(p.batch_size)))
     });
@@ -27,7 +31,13 @@ pub fn throughput(points: &[ThroughputPoint]) -> Result<Figure> {
         label: "batch size",
         range: least..most,
         ticks: (most - least) as usize + 1,
-        format: &|exponent| if exponent.fract() == 0.0 { number(&exponent.exp2()) } else { String::new() },
+        format: &|exponent| {
+            if exponent.fract() == 0.0 {
+                number(&exponent.exp2())
+            } else {
+                String::new()
+            }
+        },
     };
     Ok(Figure {
         name: "throughput",
@@ -47,13 +57,23 @@ pub fn step_times(points: &[StepTime]) -> Result<Figure> {
     let mut points = points.to_vec();
     points.sort_by_key(|p| (p.batch_size, p.position));
     let name = |p: &StepTime| format!("batch {}", p.batch_size);
-    let lines = lines(points.iter().map(|p| (name(p), (f64::from(p.position), p.milliseconds))));
+    let lines = lines(
+        points
+            .iter()
+            .map(|p| (name(p), (f64::from(p.position), p.milliseconds))),
+    );
     let last = points.iter().map(|p| p.position).max().unwrap_or(0);
-    let x = Axis { label: "position, in tokens", range: 0.0..f64::from(last.max(1)), ticks: 9, format: &number };
+    let x = Axis {
+        label: "position, in tokens",
+        range: 0.0..f64::from(last.max(1)),
+        ticks: 9,
+        format: &number,
+    };
     Ok(Figure {
         name: "step-time",
         title: "Step time by position",
-        caption: "Time of one decode step when every sequence of the batch has that many tokens in the cache.".to_owned(),
+        caption: "Time of one decode step when every sequence of the batch has that many tokens in the cache."
+            .to_owned(),
         svg: draw("Step time by position", x, "milliseconds per step", &lines)?,
     })
 }
@@ -71,19 +91,42 @@ fn lines(points: impl Iterator<Item = (String, (f64, f64))>) -> Vec<Line> {
 }
 
 fn draw(title: &str, x: Axis, y_label: &str, lines: &[Line]) -> Result<String> {
-    let legend: Vec<_> = lines.iter().enumerate().map(|(i, (name, _))| (name.clone(), series_color(i))).collect();
-    let most = lines.iter().flat_map(|(_, points)| points).map(|p| p.1).fold(0.0, f64::max);
-    let y = Axis { label: y_label, range: 0.0..round_up(most * 1.02), ticks: 6, format: &number };
-    chart(&Frame { title, height: HEIGHT, legend: &legend, x, y }, |plot: &mut Plot| {
-        for (i, (_, points)) in lines.iter().enumerate() {
-            let color = series_color(i);
-            plot.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2))).map_err(failed)?;
-            // A dot on every measured point, as long as they can be told apart.
-            if points.len() <= 40 {
-                let dots = points.iter().map(|&point| Circle::new(point, 4, color.filled()));
-                plot.draw_series(dots).map_err(failed)?;
+    let legend: Vec<_> = lines
+        .iter()
+        .enumerate()
+        .map(|(i, (name, _))| (name.clone(), series_color(i)))
+        .collect();
+    let most = lines
+        .iter()
+        .flat_map(|(_, points)| points)
+        .map(|p| p.1)
+        .fold(0.0, f64::max);
+    let y = Axis {
+        label: y_label,
+        range: 0.0..axis_end(most * 1.02),
+        ticks: 6,
+        format: &number,
+    };
+    chart(
+        &Frame {
+            title,
+            height: HEIGHT,
+            legend: &legend,
+            x,
+            y,
+        },
+        |plot: &mut Plot| {
+            for (i, (_, points)) in lines.iter().enumerate() {
+                let color = series_color(i);
+                plot.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)))
+                    .map_err(failed)?;
+                // A dot on every measured point, as long as they can be told apart.
+                if points.len() <= 40 {
+                    let dots = points.iter().map(|&point| Circle::new(point, 4, color.filled()));
+                    plot.draw_series(dots).map_err(failed)?;
+                }
             }
-        }
-        Ok(())
-    })
+            Ok(())
+        },
+    )
 }
