@@ -73,8 +73,10 @@ pub struct ScheduleConfig {
     pub batch_size: NonZeroUsize,
     /// Requests that are planned together.
     pub group_size: NonZeroUsize,
-    /// Cap on every answer, in tokens.
+    /// Cap on every answer, in tokens; 0 counts as 1.
     pub max_new_tokens: u32,
+    /// Width of the bins of predicted lengths that VBS makes, in tokens.
+    pub bucket: u32,
     /// Order in which the continuous mode admits.
     pub order: crate::AdmissionOrder,
 }
@@ -89,8 +91,14 @@ impl ScheduleConfig {
             batch_size: NonZeroUsize::new(16).expect("16 is not 0"),
             group_size: NonZeroUsize::new(256).expect("256 is not 0"),
             max_new_tokens: 512,
+            bucket: 50,
             order: crate::AdmissionOrder::LongestFirst,
         }
+    }
+
+    /// The cap on every answer: a sequence has one token at least.
+    pub fn cap(&self) -> u32 {
+        self.max_new_tokens.max(1)
     }
 
     /// The same with VBS and FCR on or off; only strategies that sort have them.
@@ -99,5 +107,31 @@ impl ScheduleConfig {
         self.vbs = vbs && self.strategy.sorts();
         self.fcr = fcr && self.strategy.sorts();
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_is_read_back() {
+        for strategy in Strategy::ALL {
+            assert_eq!(strategy.to_string().parse(), Ok(strategy));
+        }
+        let err = "gt".parse::<Strategy>().expect_err("no such strategy");
+        assert!(err.contains("\"gt\"") && err.contains("oracle"), "{err}");
+    }
+
+    #[test]
+    fn strategies_that_do_not_sort_have_neither_vbs_nor_fcr() {
+        for (strategy, has) in [
+            (Strategy::Vanilla, false),
+            (Strategy::Continuous, false),
+            (Strategy::SeqSch, true),
+        ] {
+            let config = ScheduleConfig::new(strategy).with(true, true);
+            assert_eq!((config.vbs, config.fcr), (has, has));
+        }
     }
 }

@@ -24,8 +24,6 @@ pub struct PlannedBatch {
     pub stop_at: u32,
 }
 
-/// Width of a bin of predicted lengths, in tokens.
-const BIN: u32 = 50;
 /// Upper bounds of the first bins and their batch sizes (`len_bs_dict` of the published code); beyond them the batch
 /// size of the config.
 const VARIABLE_BATCH_SIZES: [(u32, usize); 4] = [(50, 256), (100, 128), (150, 64), (200, 32)];
@@ -35,7 +33,7 @@ const SMALLEST_REST: usize = 16;
 /// Cuts one group into batches.
 pub fn plan_group(jobs: &[Job], config: &ScheduleConfig) -> Vec<PlannedBatch> {
     if !config.strategy.sorts() {
-        return cut(jobs, config.batch_size.get(), |_| config.max_new_tokens);
+        return cut(jobs, config.batch_size.get(), |_| config.cap());
     }
     let mut sorted = jobs.to_vec();
     sorted.sort_by_key(|job| job.predicted);
@@ -60,9 +58,9 @@ fn cut(jobs: &[Job], size: usize, stop: impl Fn(&[Job]) -> u32) -> Vec<PlannedBa
 /// Where a batch stops: at its largest predicted length under FCR, else at the cap.
 fn stop_at(predicted: u32, config: &ScheduleConfig) -> u32 {
     if config.fcr {
-        predicted.clamp(1, config.max_new_tokens.max(1))
+        predicted.clamp(1, config.cap())
     } else {
-        config.max_new_tokens
+        config.cap()
     }
 }
 
@@ -72,7 +70,7 @@ fn variable_batches(sorted: Vec<Job>, config: &ScheduleConfig) -> Vec<PlannedBat
     let mut bins: BTreeMap<u32, Vec<Job>> = BTreeMap::new();
     for job in sorted {
         // Predictions above the cap are all the same bin: nothing can be longer.
-        let bin = bucket_up(job.predicted.clamp(1, config.max_new_tokens.max(1)), BIN);
+        let bin = bucket_up(job.predicted.clamp(1, config.cap()), config.bucket);
         bins.entry(bin).or_default().push(job);
     }
     let mut batches = Vec::new();
@@ -89,6 +87,8 @@ fn variable_batches(sorted: Vec<Job>, config: &ScheduleConfig) -> Vec<PlannedBat
     batches
 }
 
+/// The listed size, or the config's where that is larger: a user who has room for 64 long answers has it for 64 short
+/// ones. With the published 16 it is the published size.
 fn batch_size(bin: u32, config: &ScheduleConfig) -> usize {
     let listed = VARIABLE_BATCH_SIZES.iter().find(|(bound, _)| bin <= *bound);
     listed.map_or(config.batch_size.get(), |(_, size)| {
@@ -100,6 +100,7 @@ fn batch_size(bin: u32, config: &ScheduleConfig) -> usize {
 mod tests {
     use super::*;
     use crate::Strategy;
+    use proptest::prelude::*;
     use std::num::NonZeroUsize;
 
     fn jobs(predicted: &[u32]) -> Vec<Job> {
@@ -170,5 +171,88 @@ mod tests {
         let all: usize = batches.iter().map(|b| b.ids.len()).sum();
         assert_eq!(all, 2);
         assert!(batches.iter().all(|b| (1..=512).contains(&b.stop_at)));
+    }
+
+    #[test]
+    fn equal_predictions_keep_the_order_of_arrival() {
+        // Many, since an unstable sort keeps the order of a few.
+        let predicted: Vec<u32> = (0..200).map(|i| 7 - i % 2 * 4).collect();
+        let batches = plan_group(&jobs(&predicted), &config(Strategy::SeqSch, 100));
+        let ids = |batch: &PlannedBatch| {
+            batch
+                .ids
+                .iter()
+                .map(|id| id.as_str().parse().unwrap_or(999))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(ids(&batches[0]), (0..200).skip(1).step_by(2).collect::<Vec<_>>());
+        assert_eq!(ids(&batches[1]), (0..200).step_by(2).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_bin_stays_from_half_a_batch_on_and_joins_below() {
+        for (predicted, half) in [(40, 128), (90, 64), (140, 32), (190, 16), (240, 16)] {
+            for (count, stays) in [(half, true), (half - 1, false)] {
+                let mut lengths = vec![predicted; count];
+                lengths.push(512);
+                let plan = plan_group(&jobs(&lengths), &config(Strategy::Oracle, 16).with(true, true));
+                let stayed = plan[0].stop_at == bucket_up(predicted, 50);
+                assert_eq!(stayed, stays, "{count} of {predicted}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_joins_counts_towards_the_batch_of_the_bin_it_joins() {
+        // 20 of 140 are fewer than 32 and join the 12 of 190: together a full batch of 32, so nothing moves on to 230.
+        // The 12 alone would have been fewer than 16.
+        let predicted: Vec<u32> = [(20, 140), (12, 190), (16, 230)]
+            .iter()
+            .flat_map(|&(n, p)| vec![p; n])
+            .collect();
+        let batches = plan_group(&jobs(&predicted), &config(Strategy::Oracle, 16).with(true, true));
+        let sizes: Vec<_> = batches.iter().map(|b| (b.ids.len(), b.stop_at)).collect();
+        assert_eq!(sizes, [(32, 200), (16, 250)]);
+        assert_eq!((batches[0].ids[0].as_str(), batches[0].ids[12].as_str()), ("20", "0"));
+    }
+
+    #[test]
+    fn bins_are_as_wide_as_the_config_says() {
+        // Bins of 10: 11 and 19 share the bin of 20, 21 is in the bin of 30.
+        let mut config = config(Strategy::Oracle, 1).with(true, true);
+        config.bucket = 10;
+        let batches = plan_group(&jobs(&[21, 11, 19]), &config);
+        // Fewer than half a batch of 256: they join the bin of 30.
+        assert_eq!(shape(&batches), [(vec!["0", "1", "2"], 30)]);
+    }
+
+    #[test]
+    fn a_cap_of_zero_still_lets_every_sequence_have_its_token() {
+        for strategy in [Strategy::Vanilla, Strategy::SeqSch] {
+            let mut config = config(strategy, 2);
+            config.max_new_tokens = 0;
+            assert_eq!(plan_group(&jobs(&[5]), &config)[0].stop_at, 1);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn every_request_is_in_one_batch_that_stops_between_one_and_the_cap(
+            predicted in prop::collection::vec(prop_oneof![Just(0), Just(u32::MAX), 0u32..800], 0..400),
+            strategy in prop::sample::select(vec![Strategy::Vanilla, Strategy::Po, Strategy::SeqSch, Strategy::Oracle]),
+            vbs: bool, fcr: bool,
+            batch_size in 1usize..400, bucket in 0u32..100, cap in 0u32..700,
+        ) {
+            let config = ScheduleConfig { bucket, max_new_tokens: cap, ..config(strategy, batch_size) }.with(vbs, fcr);
+            let batches = plan_group(&jobs(&predicted), &config);
+            let mut ids: Vec<usize> =
+                batches.iter().flat_map(|b| &b.ids).map(|id| id.as_str().parse().expect("a number")).collect();
+            ids.sort_unstable();
+            prop_assert_eq!(ids, (0..predicted.len()).collect::<Vec<_>>());
+            for batch in &batches {
+                prop_assert!((1..=cap.max(1)).contains(&batch.stop_at));
+                prop_assert!(!batch.ids.is_empty() && batch.ids.len() <= batch_size.max(256));
+            }
+        }
     }
 }

@@ -8,7 +8,7 @@ use lengthwise_core::RequestId;
 
 use crate::{
     AdmissionQueue, BatchExecutor, BatchRun, DriverError, Job, Outcome, PlannedBatch, ScheduleConfig, Strategy,
-    StrategyStats, Waiting, run_groups,
+    StrategyStats, Waiting, driver::check_unique, run_groups,
 };
 
 /// A request whose answer's length is known.
@@ -30,7 +30,8 @@ pub fn simulate(
     requests: &[SimulatedRequest],
     config: &ScheduleConfig,
 ) -> Result<StrategyStats, DriverError<Infallible>> {
-    let cap = config.max_new_tokens.max(1);
+    check_unique(requests.iter().map(|r| &r.id))?;
+    let cap = config.cap();
     let lengths = requests
         .iter()
         .map(|r| (r.id.clone(), r.actual.clamp(1, cap)))
@@ -171,6 +172,35 @@ mod tests {
             },
         );
         assert_eq!(stats.steps, 10);
+    }
+
+    #[test]
+    fn three_slots_take_six_requests_as_slots_fall_free() {
+        // Predicted longest first: 9 8 6 | 4 3 2. The 4 follows the 6 (ends 10), the 3 the 8 (11), the 2 the 9 (11).
+        let lengths = [(2, 2), (9, 9), (4, 4), (8, 8), (3, 3), (6, 6)];
+        let stats = run(&lengths, &config(Strategy::Continuous, 3));
+        assert_eq!((stats.steps, stats.slot_steps, stats.useful_tokens), (11, 33, 32));
+        assert_eq!((stats.requests, stats.failures, stats.wasted_tokens()), (6, 0, 1));
+        // More slots than requests: the idle ones are wasted too.
+        let stats = run(&[(5, 5)], &config(Strategy::Continuous, 3));
+        assert_eq!((stats.slot_steps, stats.wasted_tokens()), (15, 10));
+    }
+
+    #[test]
+    fn an_id_that_occurs_twice_is_an_error_under_every_strategy() {
+        for strategy in Strategy::ALL {
+            let mut twice = requests(&[(10, 10), (20, 20)]);
+            twice[1].id = twice[0].id.clone();
+            let result = simulate(&twice, &config(strategy, 1));
+            assert!(matches!(result, Err(DriverError::DuplicateId { .. })), "{strategy}");
+        }
+    }
+
+    #[test]
+    fn no_request_at_all_costs_nothing() {
+        for strategy in Strategy::ALL {
+            assert_eq!(run(&[], &config(strategy, 4)), StrategyStats::default());
+        }
     }
 
     proptest! {

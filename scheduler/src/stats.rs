@@ -87,3 +87,34 @@ pub struct StrategyReport {
     /// In the order they were run.
     pub strategies: Vec<StrategyRow>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Strategy;
+
+    #[test]
+    fn a_row_has_ratios_of_slots_times_steps_and_no_rate_where_nothing_was_timed() {
+        // 4 requests, 100 slot-steps of which 60 in answers, one failure.
+        let stats = StrategyStats {
+            requests: 4,
+            steps: 50,
+            slot_steps: 100,
+            useful_tokens: 60,
+            failures: 1,
+        };
+        let config = ScheduleConfig::new(Strategy::SeqSch).with(true, true);
+        let row = stats.row(&config, None);
+        assert_eq!(
+            (row.average_length, row.effective_token_ratio, row.failure_ratio),
+            (25.0, 0.6, 0.25)
+        );
+        assert_eq!(
+            (row.wasted_tokens, row.strategy.as_str(), row.vbs, row.fcr),
+            (40, "seqsch", true, true)
+        );
+        assert_eq!((row.seconds, row.samples_per_s, row.tokens_per_s), (None, None, None));
+        let row = stats.row(&config, Some(2.0));
+        assert_eq!((row.samples_per_s, row.tokens_per_s), (Some(2.0), Some(30.0)));
+    }
+}
