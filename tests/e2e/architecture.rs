@@ -1,9 +1,10 @@
 //! The rules between the crates, read from their manifests.
 
 use std::collections::BTreeMap;
+use std::process::Command;
 
-use anyhow::{Context, Result};
-use cargo_metadata::{DependencyKind, MetadataCommand};
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 /// A crate and the crates of ours that it may depend on.
 const MAY_DEPEND_ON: [(&str, &[&str]); 10] = [
@@ -15,7 +16,19 @@ const MAY_DEPEND_ON: [(&str, &[&str]); 10] = [
     ("train", &["core", "model", "decoder"]),
     ("predictor", &["core", "model", "decoder", "proto"]),
     ("gateway", &["core", "scheduler", "predictor", "decoder"]),
-    ("cli", &["core", "scheduler", "proto", "model", "decoder", "train", "predictor", "gateway"]),
+    (
+        "cli",
+        &[
+            "core",
+            "scheduler",
+            "proto",
+            "model",
+            "decoder",
+            "train",
+            "predictor",
+            "gateway",
+        ],
+    ),
     // Everything that it uses is for tests.
     ("tests", &[]),
 ];
@@ -32,16 +45,39 @@ const ONLY_IN: [(&str, &[&str]); 5] = [
 const PREFIX: &str = "lengthwise-";
 
 /// Every crate of the workspace with what it needs to be built and run; what only its tests need is left out.
+///
+/// The crate `cargo_metadata` would read this too, but it changes serde_json's features, and with them candle would be
+/// compiled again for every command that includes these tests.
 fn manifests() -> Result<BTreeMap<String, Vec<String>>> {
-    let manifest = crate::support::workspace().join("Cargo.toml");
-    let metadata = MetadataCommand::new().manifest_path(manifest).no_deps().exec()?;
-    let mut crates = BTreeMap::new();
-    for package in metadata.packages {
-        let name = package.name.strip_prefix(PREFIX).with_context(|| format!("{} is no name of ours", package.name))?;
-        let dependencies = package.dependencies.iter().filter(|d| d.kind != DependencyKind::Development);
-        crates.insert(name.to_owned(), dependencies.map(|d| d.name.clone()).collect());
-    }
-    Ok(crates)
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let output = Command::new(cargo)
+        .current_dir(crate::support::workspace())
+        .args(["metadata", "--no-deps", "--format-version", "1"])
+        .output()?;
+    ensure!(
+        output.status.success(),
+        "cargo metadata: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let packages = metadata["packages"]
+        .as_array()
+        .context("cargo metadata has no packages")?;
+    packages.iter().map(manifest).collect()
+}
+
+/// A crate and its dependencies; of those for builds and runs `kind` is null or "build".
+fn manifest(package: &Value) -> Result<(String, Vec<String>)> {
+    let full = package["name"].as_str().context("a package has no name")?;
+    let name = full
+        .strip_prefix(PREFIX)
+        .with_context(|| format!("{full} is no name of ours"))?;
+    let dependencies = package["dependencies"]
+        .as_array()
+        .context("a package has no list of dependencies")?;
+    let needed = dependencies.iter().filter(|d| d["kind"] != "dev");
+    let names = needed.map(|d| Ok(d["name"].as_str().context("a dependency has no name")?.to_owned()));
+    Ok((name.to_owned(), names.collect::<Result<_>>()?))
 }
 
 /// What breaks a rule, one line each.
@@ -78,7 +114,12 @@ fn crates_depend_on_those_below_them_only() -> Result<()> {
 
 #[test]
 fn a_breach_of_each_rule_is_found() {
-    let crates = [("core", "lengthwise-model"), ("scheduler", "candle-core"), ("train", "tokio"), ("extra", "serde")];
+    let crates = [
+        ("core", "lengthwise-model"),
+        ("scheduler", "candle-core"),
+        ("train", "tokio"),
+        ("extra", "serde"),
+    ];
     let crates = crates.map(|(name, dependency)| (name.to_owned(), vec![dependency.to_owned()]));
     let want = [
         "core must not depend on lengthwise-model",

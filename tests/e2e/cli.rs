@@ -14,9 +14,17 @@ fn help_is_printed_on_standard_output_and_is_no_failure() -> Result<()> {
     let help = run(&["--help"])?;
     assert_eq!(help.code, Some(0), "{}", help.stderr);
     for command in COMMANDS {
-        assert!(help.stdout.contains(&format!("\n  {command} ")), "{command} is not in the list:\n{}", help.stdout);
+        assert!(
+            help.stdout.contains(&format!("\n  {command} ")),
+            "{command} is not in the list:\n{}",
+            help.stdout
+        );
         let of_command = run(&[command, "--help"])?;
-        assert_eq!((of_command.code, of_command.stderr.as_str()), (Some(0), ""), "{command}");
+        assert_eq!(
+            (of_command.code, of_command.stderr.as_str()),
+            (Some(0), ""),
+            "{command}"
+        );
         for flag in ["--model", "--device", "--dtype", "--seed", "--json"] {
             assert!(of_command.stdout.contains(flag), "{command} has no {flag}");
         }
@@ -30,16 +38,35 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
         (&["nonsense"], "nonsense"),
         (&["label", "--input", "x"], "--output"),
         (&["label", "--input", "x", "--output", "y", "--bucket", "0"], "--bucket"),
-        (&["label", "--input", "x", "--output", "y", "--target", "largest"], "largest"),
+        (
+            &["label", "--input", "x", "--output", "y", "--target", "largest"],
+            "largest",
+        ),
         (&["simulate", "--lengths", "x", "--strategy", "fastest"], "fastest"),
-        (&["collect", "--input", "x", "--output", "y", "--endpoint", "http://localhost"], "--remote-model"),
+        (
+            &[
+                "collect",
+                "--input",
+                "x",
+                "--output",
+                "y",
+                "--endpoint",
+                "http://localhost",
+            ],
+            "--remote-model",
+        ),
         (&["predict", "--device", "gpu", "text"], "gpu"),
         (&["predict", "--dtype", "f8", "text"], "f8"),
     ];
     for (args, named) in cases {
         let got = run(args)?;
         let first = got.stderr.lines().next().unwrap_or_default();
-        assert_eq!((got.code, got.stdout.as_str()), (Some(2), ""), "{args:?}: {}", got.stderr);
+        assert_eq!(
+            (got.code, got.stdout.as_str()),
+            (Some(2), ""),
+            "{args:?}: {}",
+            got.stderr
+        );
         assert!(first.starts_with("error: "), "{args:?}: {}", got.stderr);
         assert!(got.stderr.contains(named), "{args:?}: {}", got.stderr);
     }
@@ -63,12 +90,28 @@ fn a_failure_exits_with_1_and_one_line_that_names_the_file() -> Result<()> {
     ];
     for args in cases {
         let got = run(args)?;
-        let named = if args.contains(&broken.as_str()) { "broken.jsonl" } else { "missing.jsonl" };
-        assert_eq!((got.code, got.stdout.as_str()), (Some(1), ""), "{args:?}: {}", got.stderr);
+        let named = if args.contains(&broken.as_str()) {
+            "broken.jsonl"
+        } else {
+            "missing.jsonl"
+        };
+        assert_eq!(
+            (got.code, got.stdout.as_str()),
+            (Some(1), ""),
+            "{args:?}: {}",
+            got.stderr
+        );
         assert_eq!(got.stderr.lines().count(), 1, "{args:?}: {}", got.stderr);
-        assert!(got.stderr.starts_with("error: ") && got.stderr.contains(named), "{args:?}: {}", got.stderr);
+        assert!(
+            got.stderr.starts_with("error: ") && got.stderr.contains(named),
+            "{args:?}: {}",
+            got.stderr
+        );
     }
-    assert!(!std::path::Path::new(&output).exists(), "a run that failed at its input left an output");
+    assert!(
+        !std::path::Path::new(&output).exists(),
+        "a run that failed at its input left an output"
+    );
     Ok(())
 }
 
@@ -79,14 +122,28 @@ fn lengths_become_pairs_become_nothing_else() -> Result<()> {
     let samples = [(0.0, 115), (0.7, 126)]
         .map(|(t, n)| format!(r#"{{"temperature":{t:.1},"tokens":{n},"finish":"stop"}}"#))
         .join(",");
-    std::fs::write(path("lengths.jsonl"), format!("{{\"id\":\"a\",\"instruction\":\"x\",\"samples\":[{samples}]}}\n"))?;
-    let got = run(&["label", "--input", &path("lengths.jsonl"), "--output", &path("pairs.jsonl"), "--json", "-q"])?;
+    std::fs::write(
+        path("lengths.jsonl"),
+        format!("{{\"id\":\"a\",\"instruction\":\"x\",\"samples\":[{samples}]}}\n"),
+    )?;
+    let got = run(&[
+        "label",
+        "--input",
+        &path("lengths.jsonl"),
+        "--output",
+        &path("pairs.jsonl"),
+        "--json",
+        "-q",
+    ])?;
     assert_eq!((got.code, got.stderr.as_str()), (Some(0), ""), "{got:?}");
     let printed: serde_json::Value = serde_json::from_str(&got.stdout)?;
     assert_eq!(printed["pairs"], 1);
     let pairs = std::fs::read_to_string(path("pairs.jsonl"))?;
     let pair: serde_json::Value = serde_json::from_str(&pairs)?;
-    assert_eq!(pair, serde_json::json!({"id": "a", "instruction": "x", "label": 150, "lengths": [115, 126]}));
+    assert_eq!(
+        pair,
+        serde_json::json!({"id": "a", "instruction": "x", "label": 150, "lengths": [115, 126]})
+    );
     Ok(())
 }
 
@@ -98,7 +155,14 @@ fn a_report_of_simulated_strategies_is_one_page() -> Result<()> {
     let record = |i: u32| serde_json::json!({"id": i, "L_t0.0": 10 + i, "L_t0.3": 20, "L_t0.5": 30, "L_t0.7": 40 + i});
     let lengths: Vec<_> = (0..64).map(record).collect();
     std::fs::write(path("lengths.json"), serde_json::to_string(&lengths)?)?;
-    let simulated = run(&["simulate", "--lengths", &path("lengths.json"), "--strategy", "vanilla,oracle", "--json"])?;
+    let simulated = run(&[
+        "simulate",
+        "--lengths",
+        &path("lengths.json"),
+        "--strategy",
+        "vanilla,oracle",
+        "--json",
+    ])?;
     assert_eq!(simulated.code, Some(0), "{}", simulated.stderr);
     std::fs::write(path("bench.json"), &simulated.stdout)?;
     let got = run(&["report", "--input", &path("bench.json"), "--output", &path("report")])?;

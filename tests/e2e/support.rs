@@ -1,8 +1,10 @@
 //! Running the binary as a user does.
 
+use std::fs::DirEntry;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
 
@@ -11,32 +13,77 @@ pub fn workspace() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
-/// The binary of this build's profile. Cargo builds it for tests of its own package only, so it is built here: once,
-/// in no time where it is up to date.
+/// The binary of this build's profile. `cargo test --workspace` has built it for the tests in `cli/tests`; with these
+/// tests alone it may be missing or older than the sources, and is built here.
 pub fn binary() -> Result<&'static Path> {
     static BINARY: OnceLock<Result<PathBuf, String>> = OnceLock::new();
-    let built = BINARY.get_or_init(|| build().map_err(|err| format!("{err:#}")));
+    let built = BINARY.get_or_init(|| find_or_build().map_err(|err| format!("{err:#}")));
     built.as_deref().map_err(|err| anyhow::anyhow!("{err}"))
 }
 
-fn build() -> Result<PathBuf> {
+fn find_or_build() -> Result<PathBuf> {
     // target/<profile>/deps/e2e-0123456789abcdef
     let test = std::env::current_exe()?;
-    let folder = test.parent().and_then(Path::parent).context("the test lies in target/<profile>/deps")?;
-    let target = folder.parent().context("the test lies in target/<profile>/deps")?;
+    let folder = test
+        .parent()
+        .and_then(Path::parent)
+        .context("the test lies in target/<profile>/deps")?;
+    let binary = folder.join(format!("lengthwise{}", std::env::consts::EXE_SUFFIX));
+    let modified = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
+    if modified(&binary).is_some_and(|built| Some(built) > newest_source(&workspace())) {
+        return Ok(binary);
+    }
+    build(folder)?;
+    Ok(binary)
+}
+
+/// When a source of any crate was last changed.
+fn newest_source(workspace: &Path) -> Option<SystemTime> {
+    let crates = std::fs::read_dir(workspace).ok()?.flatten();
+    crates.filter_map(|entry| newest_in(&entry.path().join("src"))).max()
+}
+
+fn newest_in(folder: &Path) -> Option<SystemTime> {
+    let newest = |entry: DirEntry| {
+        let metadata = entry.metadata().ok()?;
+        if metadata.is_dir() {
+            newest_in(&entry.path())
+        } else {
+            metadata.modified().ok()
+        }
+    };
+    std::fs::read_dir(folder).ok()?.flatten().filter_map(newest).max()
+}
+
+fn build(folder: &Path) -> Result<()> {
     let profile = match folder.file_name().and_then(|name| name.to_str()) {
         Some("debug") => "dev",
         Some(profile) => profile,
         None => anyhow::bail!("{} has no name", folder.display()),
     };
+    let target = folder
+        .parent()
+        .context("a profile's folder lies in the target folder")?;
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let built = Command::new(cargo)
         .current_dir(workspace())
-        .args(["build", "--quiet", "--workspace", "--bin", "lengthwise", "--profile", profile, "--target-dir"])
+        .args([
+            "build",
+            "--quiet",
+            "-p",
+            "lengthwise-cli",
+            "--profile",
+            profile,
+            "--target-dir",
+        ])
         .arg(target)
         .output()?;
-    ensure!(built.status.success(), "cargo build failed: {}", String::from_utf8_lossy(&built.stderr));
-    Ok(folder.join(format!("lengthwise{}", std::env::consts::EXE_SUFFIX)))
+    ensure!(
+        built.status.success(),
+        "cargo build failed: {}",
+        String::from_utf8_lossy(&built.stderr)
+    );
+    Ok(())
 }
 
 /// What a run of the binary left behind.
@@ -52,7 +99,14 @@ pub struct Run {
 
 /// Runs the binary to its end.
 pub fn run(args: &[&str]) -> Result<Run> {
-    let Output { status, stdout, stderr } =
-        Command::new(binary()?).current_dir(workspace()).env_remove("RUST_LOG").args(args).output()?;
-    Ok(Run { code: status.code(), stdout: String::from_utf8(stdout)?, stderr: String::from_utf8(stderr)? })
+    let Output { status, stdout, stderr } = Command::new(binary()?)
+        .current_dir(workspace())
+        .env_remove("RUST_LOG")
+        .args(args)
+        .output()?;
+    Ok(Run {
+        code: status.code(),
+        stdout: String::from_utf8(stdout)?,
+        stderr: String::from_utf8(stderr)?,
+    })
 }
