@@ -22,7 +22,9 @@ impl FromStr for DeviceChoice {
             None if text == "cpu" => Ok(Self::Cpu),
             None if text == "cuda" => Ok(Self::Cuda(0)),
             Some(("cuda", number)) => {
-                let number = number.parse().map_err(|_| format!("\"{number}\" is no number of a GPU"))?;
+                let number = number
+                    .parse()
+                    .map_err(|_| format!("\"{number}\" is no number of a GPU"))?;
                 Ok(Self::Cuda(number))
             }
             _ => Err("there are cpu, cuda and cuda:N".to_owned()),
