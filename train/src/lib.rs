@@ -12,4 +12,4 @@ pub mod packed;
 pub mod pretrain;
 
 pub use label::{LabelError, LabelTarget, label};
-pub use metrics::{PredictorReport, PredictorRow, evaluate};
+pub use metrics::{PredictorReport, PredictorRow, coverage_90, evaluate};

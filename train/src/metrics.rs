@@ -1,5 +1,6 @@
 //! How good predictions are.
 
+use lengthwise_core::LengthEstimate;
 use serde::{Deserialize, Serialize};
 
 /// One predictor's figures, as `--json` prints them; null where it has none.
@@ -47,6 +48,22 @@ pub fn evaluate(name: &str, pairs: &[(u32, u32)]) -> PredictorRow {
         coverage_90: None,
         ms_per_prediction: None,
     }
+}
+
+/// Share of the true lengths inside the estimates' 90 % intervals, from their 5 % to their 95 % quantile. `None` where
+/// there are no pairs, or an estimate has no quantiles as far out as that.
+pub fn coverage_90(estimates: &[LengthEstimate], truths: &[u32]) -> Option<f64> {
+    const REACH: f64 = 1e-9;
+    let mut inside = 0;
+    for (estimate, &truth) in estimates.iter().zip(truths) {
+        let (first, last) = (estimate.quantiles.first()?, estimate.quantiles.last()?);
+        if first.probability > 0.05 + REACH || last.probability < 0.95 - REACH {
+            return None;
+        }
+        inside += usize::from((estimate.quantile(0.05)..=estimate.quantile(0.95)).contains(&truth));
+    }
+    let n = estimates.len().min(truths.len());
+    (n > 0).then(|| inside as f64 / n as f64)
 }
 
 /// Kendall's tau-b, which allows for ties: (concordant - discordant) / sqrt((all - ties in x)(all - ties in y)).
@@ -101,6 +118,7 @@ fn inversions(values: &mut [u32]) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lengthwise_core::Quantile;
     use proptest::prelude::*;
 
     #[test]
@@ -119,6 +137,43 @@ mod tests {
     #[test]
     fn a_constant_has_no_rank_correlation() {
         assert_eq!(evaluate("x", &[(5, 1), (5, 2)]).kendall_tau, None);
+        assert_eq!(evaluate("x", &[(5, 1)]).kendall_tau, None);
+        assert_eq!(evaluate("x", &[]).kendall_tau, None);
+    }
+
+    #[test]
+    fn figures_are_printed_under_the_names_that_readers_rely_on() {
+        let row = PredictorRow {
+            ms_per_prediction: Some(1.5),
+            ..evaluate("x", &[(10, 20)])
+        };
+        let want = r#"{"predictor":"x","n":1,"error":10.0,"acc_50":1.0,"acc_100":1.0,"underestimate_rate":1.0,"#;
+        let want = format!(r#"{want}"kendall_tau":null,"coverage_90":null,"ms_per_prediction":1.5}}"#);
+        assert_eq!(serde_json::to_string(&row).expect("JSON"), want);
+        assert!(
+            !serde_json::to_string(&evaluate("x", &[]))
+                .expect("JSON")
+                .contains("NaN")
+        );
+    }
+
+    #[test]
+    fn coverage_counts_truths_inside_the_interval() {
+        let quantile = |probability, tokens| Quantile { probability, tokens };
+        let estimate = |low, high| LengthEstimate {
+            quantiles: vec![quantile(0.05, low), quantile(0.95, high)],
+            ..LengthEstimate::of(high)
+        };
+        // Both ends belong to the interval: 10 and 90 are inside, 9 and 91 are not.
+        let estimates = vec![estimate(10, 90); 4];
+        assert_eq!(coverage_90(&estimates, &[10, 90, 9, 91]), Some(0.5));
+        assert_eq!(coverage_90(&[estimate(1, 9), LengthEstimate::of(9)], &[5, 5]), None);
+        let narrow = LengthEstimate {
+            quantiles: vec![quantile(0.25, 1), quantile(0.75, 9)],
+            ..LengthEstimate::of(9)
+        };
+        assert_eq!(coverage_90(&[narrow], &[5]), None);
+        assert_eq!(coverage_90(&[], &[]), None);
     }
 
     proptest! {

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::FileError;
 use super::instructions::InstructionRecord;
-use super::records::{Records, SeenIds, id_of};
+use super::records::{Records, SeenIds, required_id};
 
 /// An answer with what was predicted for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -45,15 +45,6 @@ impl Answer {
     }
 }
 
-/// In which form an answer is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum AnswerFormat {
-    /// `{"id", "text", "tokens", "finish", "predicted_max_tokens"}`.
-    Plain,
-    /// OpenAI's batch output.
-    OpenAiBatch,
-}
-
 /// An answer as one line of a file: OpenAI's batch output where the request came as such, else our own.
 pub fn answer_line(answer: &Answer, request: &InstructionRecord, prompt_tokens: usize) -> String {
     let line = match &request.batch {
@@ -67,6 +58,8 @@ pub fn answer_line(answer: &Answer, request: &InstructionRecord, prompt_tokens: 
                 "body": {
                     "id": format!("chatcmpl-{}", answer.id),
                     "object": "chat.completion",
+                    // Clients want the field; the time of day would make two equal runs differ.
+                    "created": 0,
                     "model": body.model,
                     "choices": [{
                         "index": 0,
@@ -86,6 +79,11 @@ pub fn answer_line(answer: &Answer, request: &InstructionRecord, prompt_tokens: 
     line.expect("plain data is serialisable") + "\n"
 }
 
+/// A prediction as one line of a file that [`read_predictions`] reads.
+pub fn prediction_line(id: &RequestId, max_tokens: u32) -> String {
+    json!({"id": id, "max_tokens": max_tokens}).to_string() + "\n"
+}
+
 /// Reads predictions: `{"id", "max_tokens"}` line by line.
 ///
 /// # Errors
@@ -95,11 +93,7 @@ pub fn read_predictions(path: &Path) -> Result<HashMap<RequestId, u32>, FileErro
     let mut seen = SeenIds::default();
     let mut predictions = HashMap::with_capacity(records.records.len());
     for record in &records.records {
-        let id = record
-            .value
-            .get("id")
-            .and_then(id_of)
-            .ok_or_else(|| records.bad(record, "there is no \"id\""))?;
+        let id = required_id(&record.value).map_err(|reason| records.bad(record, reason))?;
         let tokens = record.value.get("max_tokens").and_then(serde_json::Value::as_u64);
         let tokens = tokens.and_then(|n| u32::try_from(n).ok());
         let tokens = tokens.ok_or_else(|| records.bad(record, "\"max_tokens\" is not a number of tokens"))?;
@@ -107,4 +101,75 @@ pub fn read_predictions(path: &Path) -> Result<HashMap<RequestId, u32>, FileErro
         predictions.insert(id, tokens);
     }
     Ok(predictions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::BatchBody;
+    use lengthwise_core::Prompt;
+
+    fn answer() -> Answer {
+        let response = Response {
+            id: "a".into(),
+            text: "hi".to_owned(),
+            tokens: 3,
+            finish: FinishReason::Length,
+        };
+        Answer::new(response, None)
+    }
+
+    #[test]
+    fn a_batch_request_is_answered_in_its_own_form() {
+        let mut request = InstructionRecord {
+            id: "a".into(),
+            prompt: Prompt::Instruction("x".to_owned()),
+            batch: None,
+        };
+        let plain = answer_line(&answer(), &request, 7);
+        assert_eq!(
+            plain,
+            "{\"id\":\"a\",\"text\":\"hi\",\"tokens\":3,\"finish\":\"length\",\"predicted_max_tokens\":null}\n"
+        );
+        request.batch = Some(BatchBody {
+            model: "m".to_owned(),
+            ..BatchBody::default()
+        });
+        let line = answer_line(&answer(), &request, 7);
+        let got: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+        assert_eq!((&got["custom_id"], &got["error"]), (&json!("a"), &json!(null)));
+        let body = &got["response"]["body"];
+        assert_eq!(
+            (&got["response"]["status_code"], &body["model"]),
+            (&json!(200), &json!("m"))
+        );
+        assert_eq!(
+            body["choices"][0]["message"],
+            json!({"role": "assistant", "content": "hi"})
+        );
+        assert_eq!(body["choices"][0]["finish_reason"], "length");
+        assert_eq!(
+            body["usage"],
+            json!({"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10})
+        );
+    }
+
+    #[test]
+    fn predictions_are_read_as_they_were_written() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("predictions.jsonl");
+        std::fs::write(
+            &path,
+            prediction_line(&"a".into(), 150) + "{\"id\": 2, \"max_tokens\": 50}\n",
+        )?;
+        let got = read_predictions(&path)?;
+        assert_eq!((got[&"a".into()], got[&"2".into()], got.len()), (150, 50, 2));
+        std::fs::write(&path, "{\"id\": 2, \"max_tokens\": -1}\n")?;
+        let err = read_predictions(&path).expect_err("negative").to_string();
+        assert!(
+            err.contains("line 1: \"max_tokens\" is not a number of tokens"),
+            "{err}"
+        );
+        Ok(())
+    }
 }

@@ -3,31 +3,11 @@
 use std::path::Path;
 
 use lengthwise_core::{ChatMessage, Prompt, RequestId};
-use serde::Deserialize;
 use serde_json::Value;
 
 use super::FileError;
-use super::records::{Record, Records, SeenIds, id_of};
-
-/// The body of an OpenAI batch line, as far as it changes the answer.
-#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
-pub struct BatchBody {
-    /// The model that was asked for; answered under the same name.
-    #[serde(default)]
-    pub model: String,
-    /// The conversation.
-    #[serde(default)]
-    pub messages: Vec<ChatMessage>,
-    /// Cap on the answer.
-    #[serde(alias = "max_completion_tokens")]
-    pub max_tokens: Option<u32>,
-    /// Sampling temperature.
-    pub temperature: Option<f32>,
-    /// Nucleus sampling.
-    pub top_p: Option<f32>,
-    /// Sampling seed.
-    pub seed: Option<u64>,
-}
+use super::batch::{BatchBody, message, parse_batch};
+use super::records::{Record, Records, SeenIds, required_id};
 
 /// One instruction.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,17 +58,18 @@ fn parse(record: &Record) -> Result<InstructionRecord, String> {
     if value.get("custom_id").is_some() {
         return parse_batch(value);
     }
-    // Alpaca's array has no ids: the place in it is the id, as in the published lengths.
-    let id = match value.get("id") {
-        Some(id) => id_of(id).ok_or("id must be a text or a number")?,
-        None => record.index.to_string().into(),
+    let id = match (value.get("id"), record.element) {
+        // Alpaca's array has no ids: the place in it is the id, as in the published lengths.
+        (None, Some(element)) => element.to_string().into(),
+        _ => required_id(value)?,
     };
     let prompt = if let Some(turns) = value.get("conversations") {
         Prompt::Chat(conversation(turns)?)
     } else if let Some(messages) = value.get("messages") {
-        let messages: Vec<ChatMessage> =
-            serde_json::from_value(messages.clone()).map_err(|err| format!("messages: {err}"))?;
-        Prompt::Chat(before_the_answer(messages))
+        let messages = messages.as_array().ok_or("\"messages\" is not an array")?;
+        Prompt::Chat(before_the_answer(
+            messages.iter().map(message).collect::<Result<_, _>>()?,
+        ))
     } else {
         let text = value.get("instruction").ok_or("there is no \"instruction\"")?;
         let text = text.as_str().ok_or("\"instruction\" is not a text")?;
@@ -108,20 +89,6 @@ fn parse(record: &Record) -> Result<InstructionRecord, String> {
     })
 }
 
-fn parse_batch(value: &Value) -> Result<InstructionRecord, String> {
-    let id = id_of(&value["custom_id"]).ok_or("custom_id must be a text")?;
-    let url = value["url"].as_str().unwrap_or_default();
-    if !url.ends_with("/chat/completions") {
-        return Err(format!("url is \"{url}\", only /v1/chat/completions is answered"));
-    }
-    let body: BatchBody = serde_json::from_value(value["body"].clone()).map_err(|err| format!("body: {err}"))?;
-    Ok(InstructionRecord {
-        id,
-        prompt: Prompt::Chat(body.messages.clone()),
-        batch: Some(body),
-    })
-}
-
 /// FastChat's turns, up to the last one of the model.
 fn conversation(turns: &Value) -> Result<Vec<ChatMessage>, String> {
     let turns = turns.as_array().ok_or("\"conversations\" is not an array")?;
@@ -130,7 +97,8 @@ fn conversation(turns: &Value) -> Result<Vec<ChatMessage>, String> {
             Some("human" | "user") => "user",
             Some("gpt" | "assistant") => "assistant",
             Some("system") => "system",
-            other => return Err(format!("a turn is from {other:?}, not from human or gpt")),
+            Some(other) => return Err(format!("a turn is from \"{other}\", not from human or gpt")),
+            None => return Err("a turn has no \"from\"".to_owned()),
         };
         let content = turn["value"].as_str().ok_or("a turn has no \"value\"")?.to_owned();
         Ok(ChatMessage {
@@ -186,6 +154,19 @@ mod tests {
             (String::new(), "is empty"),
             (format!("{good}{{\"id\": "), "line 2: malformed JSON"),
             (format!("{good}{good}"), "line 2: id \"a\" was already used in line 1"),
+            ("{\"instruction\": \"x\"}".to_owned(), "line 1: there is no \"id\""),
+            (
+                format!("{good}{{\"id\": null, \"instruction\": \"x\"}}"),
+                "line 2: \"id\" must be a text or a number",
+            ),
+            (
+                "[{\"id\": 1, \"instruction\": \"x\"},\n{\"instruction\": \"y\"}]".to_owned(),
+                "line 2 (element 2): id \"1\" was already used in line 1 (element 1)",
+            ),
+            (
+                format!("{good}{{\"id\": \"b\", \"conversations\": [{{\"from\": \"gpt\", \"value\": \"x\"}}]}}"),
+                "line 2: the instruction is empty",
+            ),
             (
                 format!("{good}{{\"id\": \"b\"}}"),
                 "line 2: there is no \"instruction\"",

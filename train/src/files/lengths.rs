@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::FileError;
-use super::records::{Record, Records, SeenIds, id_of};
+use super::records::{Record, Records, SeenIds, required_id};
 
 /// One sampled answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -21,6 +21,13 @@ pub struct Sample {
     /// Its text, where it was kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub text: Option<String>,
+}
+
+impl Sample {
+    /// Whether it was drawn at this temperature.
+    pub fn is_at(&self, temperature: f32) -> bool {
+        (self.temperature - temperature).abs() < 1e-6
+    }
 }
 
 /// An instruction and its samples.
@@ -43,9 +50,12 @@ impl LengthRecord {
 
     /// The first sample at a temperature.
     pub fn at_temperature(&self, temperature: f32) -> Option<&Sample> {
-        self.samples.iter().find(|s| (s.temperature - temperature).abs() < 1e-6)
+        self.samples.iter().find(|s| s.is_at(temperature))
     }
 }
+
+/// The published lengths say nothing of how an answer ended; they were sampled with this cap.
+const PUBLISHED_CAP: u32 = 512;
 
 /// Reads our JSONL, or the published array with `L_t0.0` and its siblings.
 ///
@@ -67,8 +77,8 @@ pub fn read_lengths(path: &Path) -> Result<Vec<LengthRecord>, FileError> {
 }
 
 fn parse(record: &Record) -> Result<LengthRecord, String> {
-    let object = record.value.as_object().ok_or("not an object")?;
-    let id = object.get("id").and_then(id_of).ok_or("there is no \"id\"")?;
+    let object = record.value.as_object().ok_or("not a JSON object")?;
+    let id = required_id(&record.value)?;
     if object.contains_key("samples") {
         let mut value = record.value.clone();
         value["id"] = Value::String(id.to_string());
@@ -77,7 +87,11 @@ fn parse(record: &Record) -> Result<LengthRecord, String> {
     let mut samples = Vec::new();
     for (key, value) in object {
         // L_gt, the data set's own answer, is no sample of the model.
-        let Some(temperature) = key.strip_prefix("L_t").and_then(|t| t.parse::<f32>().ok()) else {
+        let Some(temperature) = key
+            .strip_prefix("L_t")
+            .and_then(|t| t.parse().ok())
+            .filter(|t: &f32| t.is_finite())
+        else {
             continue;
         };
         let tokens = value.as_u64().and_then(|n| u32::try_from(n).ok());
@@ -85,7 +99,10 @@ fn parse(record: &Record) -> Result<LengthRecord, String> {
         samples.push(Sample {
             temperature,
             tokens,
-            finish: FinishReason::Stop,
+            finish: match tokens >= PUBLISHED_CAP {
+                true => FinishReason::Length,
+                false => FinishReason::Stop,
+            },
             text: None,
         });
     }
@@ -105,11 +122,31 @@ mod tests {
     fn the_published_array_is_read() -> anyhow::Result<()> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("lengths.json");
-        std::fs::write(&path, r#"[{"id": "5", "L_gt": 160, "L_t0.7": 220, "L_t0.0": 115}]"#)?;
+        std::fs::write(&path, r#"[{"id": "5", "L_gt": 900, "L_t0.7": 512, "L_t0.0": 115}]"#)?;
         let got = read_lengths(&path)?;
-        assert_eq!(got[0].samples.iter().map(|s| s.tokens).collect::<Vec<_>>(), [115, 220]);
-        assert_eq!(got[0].largest(), 220);
-        assert_eq!(got[0].at_temperature(0.7).map(|s| s.tokens), Some(220));
+        assert_eq!(got[0].samples.iter().map(|s| s.tokens).collect::<Vec<_>>(), [115, 512]);
+        assert_eq!(got[0].largest(), 512);
+        assert_eq!(got[0].at_temperature(0.7).map(|s| s.finish), Some(FinishReason::Length));
+        assert_eq!(got[0].at_temperature(0.0).map(|s| s.finish), Some(FinishReason::Stop));
+        assert_eq!(got[0].at_temperature(0.3), None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_number_is_an_id_too() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("lengths.jsonl");
+        let sample = r#"{"temperature": 0.3, "tokens": 9, "finish": "length", "text": "x"}"#;
+        std::fs::write(&path, format!("{{\"id\": 5, \"samples\": [{sample}]}}\n"))?;
+        let got = read_lengths(&path)?;
+        assert_eq!(
+            (got[0].id.as_str(), got[0].samples[0].text.as_deref()),
+            ("5", Some("x"))
+        );
+        assert_eq!(
+            (got[0].samples[0].tokens, got[0].samples[0].finish),
+            (9, FinishReason::Length)
+        );
         Ok(())
     }
 

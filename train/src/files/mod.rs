@@ -1,16 +1,20 @@
 //! The files that Lengthwise reads and writes.
 
 mod answers;
+mod batch;
 mod instructions;
 mod journal;
 mod lengths;
 mod pairs;
 mod records;
 
+use std::fs::File;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
-pub use answers::{Answer, AnswerFormat, answer_line, read_predictions};
-pub use instructions::{BatchBody, InstructionRecord, read_instructions};
+pub use answers::{Answer, answer_line, prediction_line, read_predictions};
+pub use batch::BatchBody;
+pub use instructions::{InstructionRecord, read_instructions};
 pub use journal::Journal;
 pub use lengths::{LengthRecord, Sample, read_lengths};
 pub use pairs::{Pair, PairFormat, pair_line, read_pairs};
@@ -59,17 +63,69 @@ pub(crate) fn io(path: &Path) -> impl Fn(std::io::Error) -> FileError {
     }
 }
 
-/// Writes a file beside its name and renames it, so that nobody ever sees half of it.
+/// A name beside `path`: its own with `ending` after it.
+pub(crate) fn beside(path: &Path, ending: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(ending);
+    PathBuf::from(name)
+}
+
+/// The folder that `path` stands in.
+pub(crate) fn folder_of(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// Writes a file beside its name (`.tmp`) and renames it, so that nobody ever sees half of it, not even after a power
+/// failure.
 ///
 /// # Errors
 /// The folder cannot be written.
 pub fn write_atomic(path: &Path, text: &str) -> Result<(), FileError> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".tmp");
-    let beside = PathBuf::from(beside);
-    if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
-        std::fs::create_dir_all(parent).map_err(io(parent))?;
+    let folder = folder_of(path);
+    std::fs::create_dir_all(folder).map_err(io(folder))?;
+    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
+        // A rename would put a file in the place of /dev/null or a pipe.
+        return std::fs::write(path, text).map_err(io(path));
     }
-    std::fs::write(&beside, text).map_err(io(&beside))?;
-    std::fs::rename(&beside, path).map_err(io(path))
+    let tmp = beside(path, ".tmp");
+    let write = || {
+        let mut file = File::create(&tmp)?;
+        file.write_all(text.as_bytes())?;
+        file.sync_all()
+    };
+    let written = write()
+        .map_err(io(&tmp))
+        .and_then(|()| std::fs::rename(&tmp, path).map_err(io(path)));
+    if written.is_err() {
+        // Half a file helps nobody; the first error is the one to tell.
+        let _ = std::fs::remove_file(&tmp);
+        return written;
+    }
+    // The new name is on the disk once its folder is. Not every system lets a folder be opened.
+    if let Ok(folder) = File::open(folder) {
+        let _ = folder.sync_all();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("new/out.jsonl");
+        write_atomic(&path, "first\n")?;
+        write_atomic(&path, "second\n")?;
+        assert_eq!(std::fs::read_to_string(&path)?, "second\n");
+        assert_eq!(std::fs::read_dir(dir.path().join("new"))?.count(), 1);
+        // A folder in the way is an error and stays.
+        write_atomic(&dir.path().join("new"), "x").expect_err("a folder");
+        assert!(path.exists());
+        Ok(())
+    }
 }

@@ -8,7 +8,7 @@ use lengthwise_model::LENGTH_QUESTION;
 use serde::{Deserialize, Serialize};
 
 use super::FileError;
-use super::records::{Records, SeenIds};
+use super::records::{Records, SeenIds, required_id};
 
 /// An instruction and its label.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,8 +69,10 @@ pub fn read_pairs(path: &Path) -> Result<Vec<Pair>, FileError> {
     let mut seen = SeenIds::default();
     let mut pairs = Vec::with_capacity(records.records.len());
     for record in &records.records {
-        let pair: Pair =
-            serde_json::from_value(record.value.clone()).map_err(|err| records.bad(record, err.to_string()))?;
+        let id = required_id(&record.value).map_err(|reason| records.bad(record, reason))?;
+        let mut value = record.value.clone();
+        value["id"] = id.to_string().into();
+        let pair: Pair = serde_json::from_value(value).map_err(|err| records.bad(record, err.to_string()))?;
         if pair.instruction.trim().is_empty() {
             return Err(records.bad(record, "the instruction is empty"));
         }
@@ -78,4 +80,53 @@ pub fn read_pairs(path: &Path) -> Result<Vec<Pair>, FileError> {
         pairs.push(pair);
     }
     Ok(pairs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> Pair {
+        Pair {
+            id: "5".into(),
+            instruction: "say \"é\"".to_owned(),
+            label: 150,
+            lengths: vec![115, 126],
+        }
+    }
+
+    #[test]
+    fn a_pair_is_read_as_it_was_written() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("pairs.jsonl");
+        let line = pair_line(&pair(), PairFormat::Pairs);
+        assert_eq!(
+            line,
+            "{\"id\":\"5\",\"instruction\":\"say \\\"é\\\"\",\"label\":150,\"lengths\":[115,126]}\n"
+        );
+        std::fs::write(&path, line)?;
+        assert_eq!(read_pairs(&path)?, [pair()]);
+        std::fs::write(&path, "{\"id\": 5, \"instruction\": \"x\", \"label\": -1}\n")?;
+        let err = read_pairs(&path).expect_err("no length").to_string();
+        assert!(err.contains("line 1: invalid value: integer `-1`"), "{err}");
+        Ok(())
+    }
+
+    #[test]
+    fn the_chat_form_asks_and_answers_the_length_question() {
+        let line = pair_line(&pair(), PairFormat::Chat);
+        let value: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+        let question = value["messages"][0]["content"].as_str().expect("a text");
+        assert!(
+            question.starts_with("say \"é\"\nDon't output the response"),
+            "{question}"
+        );
+        assert!(question.ends_with("Output one number only."), "{question}");
+        assert_eq!(value["messages"][0]["role"], "user");
+        assert_eq!(
+            value["messages"][1],
+            serde_json::json!({"role": "assistant", "content": "150"})
+        );
+        assert_eq!(value.as_object().map(|o| o.len()), Some(1));
+    }
 }

@@ -9,14 +9,17 @@ use serde_json::Value;
 use super::{FileError, io};
 
 /// One record and where it stands.
+#[derive(Debug)]
 pub(super) struct Record {
+    /// `line 3`, or `line 3 (element 2)` in an array.
     pub at: String,
-    /// From 0.
-    pub index: usize,
+    /// Its place in an array, from 0; `None` in JSONL.
+    pub element: Option<usize>,
     pub value: Value,
 }
 
 /// The records of a file: a JSON array's elements, or one per line.
+#[derive(Debug)]
 pub(super) struct Records<'a> {
     pub path: &'a Path,
     pub records: Vec<Record>,
@@ -39,9 +42,12 @@ impl<'a> Records<'a> {
             Some('[') => array(path, text)?,
             Some(_) => lines(path, text)?,
         };
-        match records.is_empty() {
-            true => Err(FileError::Empty { path: path.to_owned() }),
-            false => Ok(Self { path, records }),
+        if records.is_empty() {
+            return Err(FileError::Empty { path: path.to_owned() });
+        }
+        match records.iter().find(|r| !r.value.is_object()) {
+            Some(record) => Err(bad(path, &record.at, "not a JSON object")),
+            None => Ok(Self { path, records }),
         }
     }
 
@@ -59,27 +65,70 @@ fn bad(path: &Path, at: &str, reason: impl Into<String>) -> FileError {
     }
 }
 
+/// serde_json's words; its line is left out because it counts from the start of what it was given.
+fn malformed(err: &serde_json::Error) -> String {
+    let text = err.to_string();
+    let words = text.rsplit_once(" at line ").map_or(text.as_str(), |(words, _)| words);
+    format!("malformed JSON: {words} (column {})", err.column())
+}
+
 fn array(path: &Path, text: &str) -> Result<Vec<Record>, FileError> {
-    let values: Vec<Value> = serde_json::from_str(text)
-        .map_err(|err| bad(path, &format!("line {}", err.line()), format!("malformed JSON: {err}")))?;
-    let record = |(index, value)| Record {
-        at: format!("element {}", index + 1),
-        index,
+    let values: Vec<Value> =
+        serde_json::from_str(text).map_err(|err| bad(path, &format!("line {}", err.line()), malformed(&err)))?;
+    let places = element_lines(text);
+    let record = |(element, (value, line)): (usize, (Value, usize))| Record {
+        at: format!("line {line} (element {})", element + 1),
+        element: Some(element),
         value,
     };
-    Ok(values.into_iter().enumerate().map(record).collect())
+    Ok(values.into_iter().zip(places).enumerate().map(record).collect())
+}
+
+/// The line that each element of a JSON array begins in. `text` is known to be well-formed.
+fn element_lines(text: &str) -> Vec<usize> {
+    let (mut line, mut depth, mut awaited) = (1, 0, false);
+    let (mut in_string, mut escaped) = (false, false);
+    let mut lines = Vec::new();
+    for byte in text.bytes() {
+        if in_string {
+            // A string of well-formed JSON has no line end in it.
+            in_string = escaped || byte != b'"';
+            escaped = !escaped && byte == b'\\';
+            continue;
+        }
+        if awaited && depth == 1 && !byte.is_ascii_whitespace() && byte != b']' {
+            lines.push(line);
+            awaited = false;
+        }
+        match byte {
+            b'\n' => line += 1,
+            b'"' => in_string = true,
+            b'[' | b'{' => {
+                depth += 1;
+                awaited |= depth == 1;
+            }
+            b']' | b'}' => depth -= 1,
+            b',' if depth == 1 => awaited = true,
+            _ => {}
+        }
+    }
+    lines
 }
 
 fn lines(path: &Path, text: &str) -> Result<Vec<Record>, FileError> {
     let filled = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
-    let record = |(index, (line, text)): (usize, (usize, &str))| {
+    let record = |(line, text): (usize, &str)| {
         let at = format!("line {}", line + 1);
         match serde_json::from_str(text) {
-            Ok(value) => Ok(Record { at, index, value }),
-            Err(err) => Err(bad(path, &at, format!("malformed JSON: {err}"))),
+            Ok(value) => Ok(Record {
+                at,
+                element: None,
+                value,
+            }),
+            Err(err) => Err(bad(path, &at, malformed(&err))),
         }
     };
-    filled.enumerate().map(record).collect()
+    filled.map(record).collect()
 }
 
 /// The text of an id, which may be a number.
@@ -89,6 +138,12 @@ pub(super) fn id_of(value: &Value) -> Option<RequestId> {
         Value::Number(number) => Some(number.to_string().into()),
         _ => None,
     }
+}
+
+/// The id of a record that must have one.
+pub(super) fn required_id(value: &Value) -> Result<RequestId, &'static str> {
+    let id = value.get("id").ok_or("there is no \"id\"")?;
+    id_of(id).ok_or("\"id\" must be a text or a number")
 }
 
 /// Sees to it that no id occurs twice.
@@ -101,5 +156,45 @@ impl SeenIds {
             Some(first) => Err(records.bad(record, format!("id \"{id}\" was already used in {first}"))),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_element_is_placed_by_the_line_it_begins_in() {
+        // Brackets, commas and quotes inside strings are text.
+        let text = "[\n{\"a\": \"],[\\\"{\"},\n\n {\"b\":\n[1, 2]}, {\"c\": \"\\\\\"}\n]";
+        assert_eq!(element_lines(text), [2, 4, 5]);
+        assert_eq!(element_lines("[ ]"), Vec::<usize>::new());
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_placed() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("in");
+        let cases: [(&[u8], &str); 6] = [
+            (b"{\"id\": 1}\n{\"id\": \xff}\n", "line 2: not UTF-8"),
+            (
+                b"{\"id\": 1}\n\n{\"id\": }\n",
+                "line 3: malformed JSON: expected value (column 8)",
+            ),
+            (
+                b"[{\"id\": 1},\n {\"id\" 2}]",
+                "line 2: malformed JSON: expected `:` (column 8)",
+            ),
+            (b"[{\"id\": 1},\n 2]", "line 2 (element 2): not a JSON object"),
+            (b"7\n", "line 1: not a JSON object"),
+            (b" \n", "is empty"),
+        ];
+        for (bytes, want) in cases {
+            std::fs::write(&path, bytes)?;
+            let err = Records::read(&path).expect_err("unreadable").to_string();
+            assert!(err.contains(want) && err.contains("in"), "{err}, want {want}");
+            assert!(!err.contains('\n'), "{err}");
+        }
+        Ok(())
     }
 }
