@@ -61,7 +61,10 @@ pub struct CacheArgs {
 impl CacheArgs {
     /// The engine's settings.
     pub fn engine(self) -> EngineConfig {
-        EngineConfig { kv_cache_tokens: self.kv_cache_tokens, ..EngineConfig::default() }
+        EngineConfig {
+            kv_cache_tokens: self.kv_cache_tokens,
+            ..EngineConfig::default()
+        }
     }
 }
 
@@ -84,7 +87,10 @@ pub fn local_decoder(
 
 /// True largest length of every request in a lengths file, cut at `cap`.
 pub fn largest_lengths(path: &Path, cap: u32) -> anyhow::Result<HashMap<RequestId, u32>> {
-    Ok(read_lengths(path)?.into_iter().map(|r| (r.id.clone(), r.largest().min(cap))).collect())
+    Ok(read_lengths(path)?
+        .into_iter()
+        .map(|r| (r.id.clone(), r.largest().min(cap)))
+        .collect())
 }
 
 /// The recorded sample that `--actual` names: `t0.0`, `t0.3`, …
@@ -94,5 +100,7 @@ pub fn actual_length(record: &LengthRecord, actual: &str) -> anyhow::Result<u32>
         .and_then(|t| t.parse().ok())
         .with_context(|| format!("--actual is \"{actual}\", expected t0.0 or another temperature"))?;
     let sample = record.at_temperature(temperature);
-    Ok(sample.with_context(|| format!("record {} has no sample at temperature {temperature}", record.id))?.tokens)
+    Ok(sample
+        .with_context(|| format!("record {} has no sample at temperature {temperature}", record.id))?
+        .tokens)
 }

@@ -39,7 +39,12 @@ pub fn local_predictor(
     question: Question,
     fallback: u32,
 ) -> anyhow::Result<LlmPredictor> {
-    let decoder = local_decoder(model, adapter, default_slots(), CacheArgs { kv_cache_tokens: None }.engine())?;
+    let decoder = local_decoder(
+        model,
+        adapter,
+        default_slots(),
+        CacheArgs { kv_cache_tokens: None }.engine(),
+    )?;
     Ok(LlmPredictor::new(decoder, question, fallback))
 }
 
@@ -61,7 +66,12 @@ pub fn predictor_for(
         return Ok(Some(Box::new(FallbackPredictor::new(remote, cap))));
     }
     if let Some(path) = &args.adapter {
-        return Ok(Some(Box::new(local_predictor(model, Some(path), Question::Length, cap)?)));
+        return Ok(Some(Box::new(local_predictor(
+            model,
+            Some(path),
+            Question::Length,
+            cap,
+        )?)));
     }
     match strategy {
         // Without predictions the continuous mode admits by the cap.
@@ -79,7 +89,12 @@ pub fn from_file(path: &Path, ids: &[RequestId]) -> anyhow::Result<Vec<u32>> {
 
 /// The lengths of `ids` in a table read from `path`.
 pub fn look_up(table: &HashMap<RequestId, u32>, ids: &[RequestId], path: &Path) -> anyhow::Result<Vec<u32>> {
-    let one = |id| table.get(id).copied().with_context(|| format!("{} has no length for request {id}", path.display()));
+    let one = |id| {
+        table
+            .get(id)
+            .copied()
+            .with_context(|| format!("{} has no length for request {id}", path.display()))
+    };
     ids.iter().map(one).collect()
 }
 
@@ -87,7 +102,10 @@ pub fn look_up(table: &HashMap<RequestId, u32>, ids: &[RequestId], path: &Path) 
 pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) -> anyhow::Result<Vec<LengthEstimate>> {
     let mut estimates = Vec::with_capacity(prompts.len());
     for chunk in prompts.chunks(CHUNK) {
-        let input = |prompt: &Prompt| PredictInput { prompt: prompt.clone(), max_new_tokens: cap };
+        let input = |prompt: &Prompt| PredictInput {
+            prompt: prompt.clone(),
+            max_new_tokens: cap,
+        };
         let inputs: Vec<PredictInput> = chunk.iter().map(input).collect();
         estimates.extend(predictor.predict(&inputs)?.into_iter().map(|result| {
             result.unwrap_or_else(|err| {
@@ -107,5 +125,8 @@ pub fn disturb(lengths: &[u32], mae: f64, cap: u32, seed: u64) -> Vec<u32> {
         let uniform: f64 = rng.random_range(-0.5..0.5);
         -mae * uniform.signum() * (1.0 - 2.0 * uniform.abs()).max(f64::MIN_POSITIVE).ln()
     };
-    lengths.iter().map(|&l| (f64::from(l) + noise()).round().clamp(1.0, f64::from(cap)) as u32).collect()
+    lengths
+        .iter()
+        .map(|&l| (f64::from(l) + noise()).round().clamp(1.0, f64::from(cap)) as u32)
+        .collect()
 }

@@ -30,7 +30,13 @@ impl Bar {
             bar.set_prefix(name);
             bar
         });
-        Self { bar, name, total, last: Instant::now(), began: Instant::now() }
+        Self {
+            bar,
+            name,
+            total,
+            last: Instant::now(),
+            began: Instant::now(),
+        }
     }
 
     /// `done` steps are done; `message` says what else is worth knowing, given the time since the beginning.
@@ -39,7 +45,12 @@ impl Bar {
             bar.set_position(done);
             bar.set_message(message(self.began.elapsed()));
         } else if self.last.elapsed() >= LINE_EVERY {
-            tracing::info!("{}: {done} of {}, {}", self.name, self.total, message(self.began.elapsed()));
+            tracing::info!(
+                "{}: {done} of {}, {}",
+                self.name,
+                self.total,
+                message(self.began.elapsed())
+            );
             self.last = Instant::now();
         }
     }

@@ -41,8 +41,8 @@ impl Llama {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let embed_tokens = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
         let lm_head = match config.tie_word_embeddings {
-            true => embed_tokens.clone(),
-            false => weights.get("lm_head.weight", &[vocab, hidden])?,
+            true => ops::for_products(embed_tokens.clone())?,
+            false => ops::for_products(weights.get("lm_head.weight", &[vocab, hidden])?)?,
         };
         let blocks = (0..config.num_hidden_layers)
             .map(|i| Block::load(config, weights, i))

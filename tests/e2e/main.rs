@@ -1,5 +1,7 @@
 //! End-to-end tests of the binary, and of the rules between the crates.
 
 mod architecture;
+mod bundled_model;
 mod cli;
+mod pipeline;
 mod support;

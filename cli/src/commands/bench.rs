@@ -79,7 +79,13 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
         let predicted = predict(global, args, &model, &workload, strategy)?;
         let seconds = began.elapsed().as_secs_f64();
         let config = args.schedule.config(strategy);
-        report.strategies.push(time_strategy(&mut decoder, &workload.sequences, &predicted, &config, seconds)?);
+        report.strategies.push(time_strategy(
+            &mut decoder,
+            &workload.sequences,
+            &predicted,
+            &config,
+            seconds,
+        )?);
     }
     match global.json {
         true => print_json(&report),
@@ -89,7 +95,12 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
 
 fn workload(global: &Global, args: &BenchArgs, decoder: &LocalDecoder) -> anyhow::Result<Workload> {
     let num = args.num.unwrap_or(usize::MAX);
-    let mut records = args.replay.as_deref().map(read_lengths).transpose()?.unwrap_or_default();
+    let mut records = args
+        .replay
+        .as_deref()
+        .map(read_lengths)
+        .transpose()?
+        .unwrap_or_default();
     for sample in records.iter_mut().flat_map(|r| &mut r.samples) {
         sample.tokens = sample.tokens.div_ceil(args.divide_lengths);
     }
@@ -121,11 +132,16 @@ fn from_instructions(
             id: record.id.clone(),
             prompt: record.prompt.clone(),
             max_new_tokens: cap,
-            sampling: SamplingParams { seed: global.seed, ..SamplingParams::GREEDY },
+            sampling: SamplingParams {
+                seed: global.seed,
+                ..SamplingParams::GREEDY
+            },
         };
         let mut sequence = decoder.tokenize(&request)?;
         if args.replay.is_some() {
-            let lengths = recorded.get(&record.id).with_context(|| format!("no recorded length for {}", record.id))?;
+            let lengths = recorded
+                .get(&record.id)
+                .with_context(|| format!("no recorded length for {}", record.id))?;
             sequence.replay_tokens = Some(actual_length(lengths, &args.actual)?.clamp(1, cap));
         }
         Ok(sequence)
@@ -147,7 +163,9 @@ fn random_prompts(
     model: &LoadedModel,
     replay: &[LengthRecord],
 ) -> anyhow::Result<Workload> {
-    let &[shortest, longest] = args.prompt_tokens.as_slice() else { bail!("--prompt-tokens takes two numbers") };
+    let &[shortest, longest] = args.prompt_tokens.as_slice() else {
+        bail!("--prompt-tokens takes two numbers")
+    };
     if shortest == 0 || shortest > longest {
         bail!("--prompt-tokens are {shortest} and {longest}: the first must be at least 1 and not above the second");
     }
@@ -204,17 +222,29 @@ fn predict(
     let Some(prompts) = &workload.prompts else {
         return Ok(vec![cap; workload.sequences.len()]);
     };
-    Ok(ask(predictor.as_mut(), prompts, cap)?.iter().map(|e| e.max_tokens).collect())
+    Ok(ask(predictor.as_mut(), prompts, cap)?
+        .iter()
+        .map(|e| e.max_tokens)
+        .collect())
 }
 
 /// A few requests, so that the first strategy does not pay for cold caches.
 fn warm_up(decoder: &mut LocalDecoder, workload: &Workload) -> anyhow::Result<()> {
     let short = |s: &SequenceRequest| PredictedRequest {
-        request: SequenceRequest { max_new_tokens: 8, replay_tokens: None, ..s.clone() },
+        request: SequenceRequest {
+            max_new_tokens: 8,
+            replay_tokens: None,
+            ..s.clone()
+        },
         predicted: 8,
     };
     let requests = workload.sequences.iter().take(16).map(short).collect();
-    run_strategy(decoder.engine(), requests, &ScheduleConfig::new(Strategy::Continuous), &mut |_| Ok(()))?;
+    run_strategy(
+        decoder.engine(),
+        requests,
+        &ScheduleConfig::new(Strategy::Continuous),
+        &mut |_| Ok(()),
+    )?;
     Ok(())
 }
 
@@ -227,7 +257,12 @@ pub fn time_strategy(
     seconds: f64,
 ) -> anyhow::Result<StrategyRow> {
     let both = sequences.iter().zip(predicted);
-    let requests = both.map(|(request, &predicted)| PredictedRequest { request: request.clone(), predicted }).collect();
+    let requests = both
+        .map(|(request, &predicted)| PredictedRequest {
+            request: request.clone(),
+            predicted,
+        })
+        .collect();
     let mut bar = Bar::new(config.strategy.name(), sequences.len() as u64);
     let (mut done, mut tokens) = (0, 0);
     let began = Instant::now();

@@ -68,14 +68,23 @@ pub fn run(global: &Global, args: &CollectArgs) -> anyhow::Result<()> {
                 concurrency: args.concurrency.max(1),
                 ..EndpointConfig::new(url, model)
             };
-            collect_with_bar(&instructions, &mut EndpointDecoder::new(endpoint), &config, &args.output)?
+            collect_with_bar(
+                &instructions,
+                &mut EndpointDecoder::new(endpoint),
+                &config,
+                &args.output,
+            )?
         }
         _ => {
             let mut decoder = local_decoder(&global.open_model()?, None, args.slots, args.cache.engine())?;
             collect_with_bar(&instructions, &mut decoder, &config, &args.output)?
         }
     };
-    tracing::info!("lengths of {} instructions written to {}", records.len(), args.output.display());
+    tracing::info!(
+        "lengths of {} instructions written to {}",
+        records.len(),
+        args.output.display()
+    );
     match global.json {
         true => print_json(&serde_json::json!({"output": args.output, "instructions": records.len()})),
         false => Ok(()),
@@ -91,7 +100,9 @@ pub fn collect_with_bar(
 ) -> anyhow::Result<Vec<LengthRecord>> {
     let mut bar = Bar::new("collect", instructions.len() as u64);
     let records = collect(instructions, decoder, config, output, &mut |p| {
-        bar.set(p.done as u64, |elapsed| format!("{:.0} tokens/s", rate(p.tokens, elapsed)));
+        bar.set(p.done as u64, |elapsed| {
+            format!("{:.0} tokens/s", rate(p.tokens, elapsed))
+        });
     })?;
     bar.finish();
     Ok(records)

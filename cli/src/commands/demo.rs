@@ -15,7 +15,9 @@ use lengthwise_model::{LoadedModel, LoraConfig};
 use lengthwise_predictor::{ConstantPredictor, Question};
 use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyRow};
 use lengthwise_train::collect::CollectConfig;
-use lengthwise_train::files::{InstructionRecord, LengthRecord, Pair, PairFormat, pair_line, read_instructions, write_atomic};
+use lengthwise_train::files::{
+    InstructionRecord, LengthRecord, Pair, PairFormat, pair_line, read_instructions, write_atomic,
+};
 use lengthwise_train::language::{Split, instructions};
 use lengthwise_train::lora_training::LoraTrainingConfig;
 use lengthwise_train::{LabelTarget, PredictorRow, label};
@@ -63,7 +65,11 @@ const MARK: &str = "demo.json";
 pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
     prepare(&args.output)?;
     let began = Instant::now();
-    let demo = Demo { global, args, model: global.open_model()? };
+    let demo = Demo {
+        global,
+        args,
+        model: global.open_model()?,
+    };
     let train = demo.lengths("train", Split::Train, args.train_instructions)?;
     let test = demo.lengths("test", Split::HeldOut, args.test_instructions)?;
     let train_pairs = demo.pairs("train", &train)?;
@@ -77,7 +83,10 @@ pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
         strategies,
         predictors,
         predictions: points,
-        length_samples: test.iter().map(|r| r.samples.iter().map(|s| s.tokens).collect()).collect(),
+        length_samples: test
+            .iter()
+            .map(|r| r.samples.iter().map(|s| s.tokens).collect())
+            .collect(),
         ..figures::speed(&demo.model)?
     };
     write_atomic(&args.output.join(MARK), &(serde_json::to_string_pretty(&data)? + "\n"))?;
@@ -88,7 +97,10 @@ pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
     print(&Table::predictors(&data.predictors).text())?;
     print("")?;
     print(&Table::strategies(&data.strategies).text())?;
-    print(&format!("\nThe figures are in {} ({seconds:.0} s in all).", index.display()))
+    print(&format!(
+        "\nThe figures are in {} ({seconds:.0} s in all).",
+        index.display()
+    ))
 }
 
 /// Makes the folder, or empties one that an earlier demo made.
@@ -137,7 +149,10 @@ impl Demo<'_> {
             seed: self.global.seed,
             save_text: false,
         };
-        tracing::info!("collect: four samples of the answer to each of {} {name} instructions", records.len());
+        tracing::info!(
+            "collect: four samples of the answer to each of {} {name} instructions",
+            records.len()
+        );
         let output = self.path(&format!("{name}-lengths.jsonl"));
         collect_with_bar(&records, &mut self.decoder(default_slots())?, &config, &output)
     }
@@ -174,10 +189,20 @@ impl Demo<'_> {
         let cap = MAX_NEW_TOKENS;
         let mut tuned = local_predictor(&self.model, Some(adapter), Question::Length, cap)?;
         let (tuned, points) = measure("adapter", &mut tuned, test, cap)?;
-        let (pia, _) = measure("pia", &mut local_predictor(&self.model, None, Question::Pia, cap)?, test, cap)?;
-        let mut constant = ConstantPredictor { max_tokens: median(train) };
+        let (pia, _) = measure(
+            "pia",
+            &mut local_predictor(&self.model, None, Question::Pia, cap)?,
+            test,
+            cap,
+        )?;
+        let mut constant = ConstantPredictor {
+            max_tokens: median(train),
+        };
         let (constant, _) = measure("median", &mut constant, test, cap)?;
-        let series = crate::report::PredictionSeries { predictor: "adapter".to_owned(), points };
+        let series = crate::report::PredictionSeries {
+            predictor: "adapter".to_owned(),
+            points,
+        };
         Ok((vec![tuned, pia, constant], vec![series]))
     }
 
@@ -195,7 +220,10 @@ impl Demo<'_> {
             })
         };
         let sequences = test.iter().map(request).collect::<Result<Vec<_>, _>>()?;
-        let prompts: Vec<Prompt> = test.iter().map(|p| Prompt::Instruction(p.instruction.clone())).collect();
+        let prompts: Vec<Prompt> = test
+            .iter()
+            .map(|p| Prompt::Instruction(p.instruction.clone()))
+            .collect();
         let largest: Vec<u32> = test.iter().map(super::eval::truth).collect();
         let mut rows = Vec::new();
         for (strategy, predicts) in [
@@ -206,7 +234,10 @@ impl Demo<'_> {
         ] {
             let began = Instant::now();
             let predicted = match predicts {
-                true => ask(server.predictor(), &prompts, MAX_NEW_TOKENS)?.iter().map(|e| e.max_tokens).collect(),
+                true => ask(server.predictor(), &prompts, MAX_NEW_TOKENS)?
+                    .iter()
+                    .map(|e| e.max_tokens)
+                    .collect(),
                 false => largest.clone(),
             };
             // An oracle is asked for free; a predictor's time counts.

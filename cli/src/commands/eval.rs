@@ -67,7 +67,10 @@ pub fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<()> {
     }
     for method in &args.method {
         match method {
-            Method::Pia => add("pia", &mut local_predictor(&global.open_model()?, None, Question::Pia, cap)?)?,
+            Method::Pia => add(
+                "pia",
+                &mut local_predictor(&global.open_model()?, None, Question::Pia, cap)?,
+            )?,
             Method::Constant => {
                 let max_tokens = args.constant.unwrap_or_else(|| median(&pairs));
                 add("constant", &mut ConstantPredictor { max_tokens })?;
@@ -99,16 +102,28 @@ pub fn measure(
     pairs: &[Pair],
     cap: u32,
 ) -> anyhow::Result<(PredictorRow, Vec<(u32, u32)>)> {
-    let prompts: Vec<Prompt> = pairs.iter().map(|p| Prompt::Instruction(p.instruction.clone())).collect();
+    let prompts: Vec<Prompt> = pairs
+        .iter()
+        .map(|p| Prompt::Instruction(p.instruction.clone()))
+        .collect();
     let began = Instant::now();
     let estimates = ask(predictor, &prompts, cap)?;
     let ms = began.elapsed().as_secs_f64() * 1000.0 / pairs.len().max(1) as f64;
-    let both: Vec<(u32, u32)> =
-        estimates.iter().zip(pairs).map(|(e, pair)| (e.max_tokens, truth(pair).min(cap))).collect();
-    let row = PredictorRow { ms_per_prediction: Some(ms), ..evaluate(name, &both) };
+    let both: Vec<(u32, u32)> = estimates
+        .iter()
+        .zip(pairs)
+        .map(|(e, pair)| (e.max_tokens, truth(pair).min(cap)))
+        .collect();
+    let row = PredictorRow {
+        ms_per_prediction: Some(ms),
+        ..evaluate(name, &both)
+    };
     let unparsed = estimates.iter().filter(|e| !e.parsed).count();
     if unparsed > 0 {
-        tracing::info!("{name}: {unparsed} of {} answers were no number; {cap} stands in", pairs.len());
+        tracing::info!(
+            "{name}: {unparsed} of {} answers were no number; {cap} stands in",
+            pairs.len()
+        );
     }
     Ok((row, both))
 }

@@ -58,7 +58,12 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let began = Instant::now();
     let mut stats = StrategyStats::default();
     if !waiting.is_empty() {
-        let mut decoder = local_decoder(&global.open_model()?, None, args.schedule.batch_size, args.cache.engine())?;
+        let mut decoder = local_decoder(
+            &global.open_model()?,
+            None,
+            args.schedule.batch_size,
+            args.cache.engine(),
+        )?;
         let requests = requests(global, args, &waiting, &decoder)?;
         stats = decode(args, &waiting, requests, &mut decoder, &mut |id, line| {
             journal.push(&line).map_err(DecodeError::sink)?;
@@ -66,9 +71,18 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             Ok(())
         })?;
     }
-    let text = records.iter().map(|r| Ok(lines.get(&r.id).with_context(|| format!("request {} was lost", r.id))?.clone() + "\n"));
+    let text = records.iter().map(|r| {
+        Ok(lines
+            .get(&r.id)
+            .with_context(|| format!("request {} was lost", r.id))?
+            .clone()
+            + "\n")
+    });
     journal.finish(&text.collect::<anyhow::Result<String>>()?)?;
-    let row = stats.row(&args.schedule.config(args.strategy), Some(began.elapsed().as_secs_f64()));
+    let row = stats.row(
+        &args.schedule.config(args.strategy),
+        Some(began.elapsed().as_secs_f64()),
+    );
     tracing::info!("{} answers written to {}", records.len(), args.output.display());
     match global.json {
         true => print_json(&StrategyReport { strategies: vec![row] }),
@@ -80,7 +94,10 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
 fn answered(lines: &[String]) -> anyhow::Result<HashMap<RequestId, String>> {
     let id = |line: &String| {
         let value: serde_json::Value = serde_json::from_str(line).context("the unfinished output is damaged")?;
-        let id = value["custom_id"].as_str().or(value["id"].as_str()).context("the unfinished output is damaged")?;
+        let id = value["custom_id"]
+            .as_str()
+            .or(value["id"].as_str())
+            .context("the unfinished output is damaged")?;
         Ok((RequestId::from(id), line.clone()))
     };
     lines.iter().map(id).collect()
@@ -115,13 +132,18 @@ fn requests(
     let predicted: Vec<u32> = match (predictor, &args.predictions.predictions) {
         (Some(mut predictor), _) => {
             let prompts: Vec<Prompt> = records.iter().map(|r| r.prompt.clone()).collect();
-            ask(predictor.as_mut(), &prompts, cap)?.iter().map(|e| e.max_tokens).collect()
+            ask(predictor.as_mut(), &prompts, cap)?
+                .iter()
+                .map(|e| e.max_tokens)
+                .collect()
         }
         (None, Some(path)) => from_file(path, &records.iter().map(|r| r.id.clone()).collect::<Vec<_>>())?,
         (None, None) => vec![cap; records.len()],
     };
     let both = sequences.into_iter().zip(predicted);
-    Ok(both.map(|(request, predicted)| PredictedRequest { request, predicted }).collect())
+    Ok(both
+        .map(|(request, predicted)| PredictedRequest { request, predicted })
+        .collect())
 }
 
 /// Decodes the requests and hands over each answer as a line of the output.
@@ -145,7 +167,9 @@ fn decode(
     let stats = run_strategy(decoder.engine(), requests, &config, &mut |output| {
         (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
         bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
-        let Some(&(record, prompt_tokens, predicted)) = by_id.get(&output.id) else { return Ok(()) };
+        let Some(&(record, prompt_tokens, predicted)) = by_id.get(&output.id) else {
+            return Ok(());
+        };
         let id = output.id.clone();
         let response = LocalDecoder::response_of(&model, output)?;
         let answer = Answer::new(response, predicts.then_some(predicted));

@@ -33,8 +33,17 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
     let mut predictor: Box<dyn LengthPredictor> = match &args.predictor {
         Some(url) => Box::new(RemotePredictor::connect(url)?),
         None => {
-            let question = if args.adapter.is_some() { Question::Length } else { Question::Pia };
-            Box::new(local_predictor(&global.open_model()?, args.adapter.as_deref(), question, cap)?)
+            let question = if args.adapter.is_some() {
+                Question::Length
+            } else {
+                Question::Pia
+            };
+            Box::new(local_predictor(
+                &global.open_model()?,
+                args.adapter.as_deref(),
+                question,
+                cap,
+            )?)
         }
     };
     let prompts: Vec<Prompt> = args.text.iter().cloned().map(Prompt::Instruction).collect();
@@ -42,10 +51,17 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
     if global.json {
         return print_json(&serde_json::json!({ "predictions": estimates }));
     }
-    let mut table = Table { header: vec!["instruction", "max tokens", "parsed"], rows: Vec::new() };
+    let mut table = Table {
+        header: vec!["instruction", "max tokens", "parsed"],
+        rows: Vec::new(),
+    };
     for (text, estimate) in args.text.iter().zip(&estimates) {
         let parsed = if estimate.parsed { "yes" } else { "no" };
-        table.rows.push(vec![text.replace('\n', " "), estimate.max_tokens.to_string(), parsed.to_owned()]);
+        table.rows.push(vec![
+            text.replace('\n', " "),
+            estimate.max_tokens.to_string(),
+            parsed.to_owned(),
+        ]);
     }
     print(&table.text())
 }

@@ -33,7 +33,9 @@ pub fn run(global: &Global, args: &PretrainArgs) -> anyhow::Result<()> {
     let mut tokens = 0;
     pretrain(&config, &args.output, &mut |p| {
         tokens += p.tokens as u64;
-        bar.set(p.step as u64, |elapsed| format!("loss {:.3}, {:.0} tokens/s", p.loss, rate(tokens, elapsed)));
+        bar.set(p.step as u64, |elapsed| {
+            format!("loss {:.3}, {:.0} tokens/s", p.loss, rate(tokens, elapsed))
+        });
     })?;
     bar.finish();
     tracing::info!("model written to {}", args.output.display());

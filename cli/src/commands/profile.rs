@@ -52,7 +52,10 @@ pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
         return print_json(&serde_json::json!({"model": model.name, "points": points}));
     }
     let header = vec!["batch", "context", "prefill ms", "step ms", "tokens/s"];
-    let mut table = Table { header, rows: Vec::new() };
+    let mut table = Table {
+        header,
+        rows: Vec::new(),
+    };
     for p in &points {
         table.rows.push(vec![
             p.batch_size.to_string(),
@@ -66,7 +69,11 @@ pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
 }
 
 fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<ProfilePoint>> {
-    let most = model.network.config().max_position_embeddings.saturating_sub(args.steps as usize + 1);
+    let most = model
+        .network
+        .config()
+        .max_position_embeddings
+        .saturating_sub(args.steps as usize + 1);
     let eos = model.tokenizer.eos().to_vec();
     let mut engine = Engine::new(model.network.clone(), None, eos, args.cache.engine())?;
     let mut points = Vec::new();
@@ -79,7 +86,9 @@ fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<Profil
                 continue;
             }
             points.push(profile_point(&mut engine, batch_size.get(), context, args.steps)?);
-            bar.set(points.len() as u64, |_| format!("batch {batch_size}, context {context}"));
+            bar.set(points.len() as u64, |_| {
+                format!("batch {batch_size}, context {context}")
+            });
         }
     }
     bar.finish();
@@ -102,11 +111,18 @@ pub fn profile_point(
             sampling: SamplingParams::GREEDY,
             replay_tokens: Some(tokens),
         };
-        let requests =
-            (0..batch_size).map(|i| PredictedRequest { request: request(i), predicted: tokens }).collect();
+        let requests = (0..batch_size)
+            .map(|i| PredictedRequest {
+                request: request(i),
+                predicted: tokens,
+            })
+            .collect();
         let batch_size = NonZeroUsize::new(batch_size).unwrap_or(NonZeroUsize::MIN);
-        let config =
-            ScheduleConfig { batch_size, group_size: batch_size, ..ScheduleConfig::new(Strategy::Vanilla) };
+        let config = ScheduleConfig {
+            batch_size,
+            group_size: batch_size,
+            ..ScheduleConfig::new(Strategy::Vanilla)
+        };
         let began = Instant::now();
         run_strategy(engine, requests, &config, &mut |_| Ok(()))?;
         Ok(began.elapsed().as_secs_f64() * 1000.0)
@@ -115,5 +131,10 @@ pub fn profile_point(
     time(1)?;
     let prefill_ms = time(1)?;
     let whole = time(1 + steps)?;
-    Ok(ProfilePoint { batch_size, context, prefill_ms, step_ms: (whole - prefill_ms).max(0.0) / f64::from(steps) })
+    Ok(ProfilePoint {
+        batch_size,
+        context,
+        prefill_ms,
+        step_ms: (whole - prefill_ms).max(0.0) / f64::from(steps),
+    })
 }

@@ -52,7 +52,10 @@ pub struct ServeArgs {
 }
 
 pub fn run(global: &Global, args: &ServeArgs) -> anyhow::Result<()> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()?;
     runtime.block_on(async {
         // Bound first: a port in use is known before the model is loaded.
         let server = PredictorServer::bind(&args.listen).await?;
@@ -94,15 +97,26 @@ fn predictor(global: &Global, args: &ServeArgs) -> anyhow::Result<(Box<dyn Lengt
         return Ok((Box::new(ConstantPredictor { max_tokens }), info));
     }
     let model = global.open_model()?;
-    let question = if args.adapter.is_some() { Question::Length } else { Question::Pia };
+    let question = if args.adapter.is_some() {
+        Question::Length
+    } else {
+        Question::Pia
+    };
     let info = info(&model, args, question);
-    Ok((Box::new(local_predictor(&model, args.adapter.as_deref(), question, cap)?), info))
+    Ok((
+        Box::new(local_predictor(&model, args.adapter.as_deref(), question, cap)?),
+        info,
+    ))
 }
 
 fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> ServerInfo {
     ServerInfo {
         model: model.name.clone(),
-        adapter: args.adapter.as_ref().map(|p| p.display().to_string()).unwrap_or_default(),
+        adapter: args
+            .adapter
+            .as_ref()
+            .map(|p| p.display().to_string())
+            .unwrap_or_default(),
         method: if question == Question::Length { "adapter" } else { "pia" }.to_owned(),
         max_new_tokens: args.max_new_tokens,
         max_prompt_tokens: model.network.config().max_position_embeddings as u32 - 1,
@@ -122,11 +136,15 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
 }
 
 async fn bind_metrics(address: &str) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+    TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on {address}"))
 }
 
 fn serve_metrics(listener: TcpListener) -> anyhow::Result<()> {
-    let handle = PrometheusBuilder::new().install_recorder().context("metrics cannot be recorded")?;
+    let handle = PrometheusBuilder::new()
+        .install_recorder()
+        .context("metrics cannot be recorded")?;
     let router = Router::new().route("/metrics", get(move || async move { handle.render() }));
     tokio::spawn(async move {
         if let Err(err) = axum::serve(listener, router).await {

@@ -73,7 +73,11 @@ fn requests(
         (_, None, Some(mae)) => bail!("--noise-mae is {mae}, it must be a number of tokens, 0 or more"),
     };
     let request = |(record, predicted): (&LengthRecord, u32)| {
-        Ok(SimulatedRequest { id: record.id.clone(), actual: actual_length(record, &args.actual)?, predicted })
+        Ok(SimulatedRequest {
+            id: record.id.clone(),
+            actual: actual_length(record, &args.actual)?,
+            predicted,
+        })
     };
     records.iter().zip(predicted).map(request).collect()
 }

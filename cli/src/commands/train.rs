@@ -118,11 +118,20 @@ impl TrainArgs {
 
 pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {
     let data = read_pairs(&args.data)?;
-    let eval = args.eval_data.as_deref().map(read_pairs).transpose()?.unwrap_or_default();
+    let eval = args
+        .eval_data
+        .as_deref()
+        .map(read_pairs)
+        .transpose()?
+        .unwrap_or_default();
     let model = global.open_model()?;
     let config = args.config(global.seed);
     let outcome = train_with_bar(&model, &args.output, args.resume, &config, &data, &eval)?;
-    tracing::info!("adapter of step {} written to {}", outcome.best_step, args.output.display());
+    tracing::info!(
+        "adapter of step {} written to {}",
+        outcome.best_step,
+        args.output.display()
+    );
     match global.json {
         true => print_json(&serde_json::json!({
             "output": args.output, "steps": outcome.steps, "best_step": outcome.best_step,
@@ -148,7 +157,11 @@ pub fn train_with_bar(
         };
         pairs.iter().map(example).collect()
     };
-    let run = TrainRun { model, output: output.to_owned(), resume };
+    let run = TrainRun {
+        model,
+        output: output.to_owned(),
+        resume,
+    };
     let mut bar: Option<Bar> = None;
     let mut tokens = 0;
     let outcome = train(&run, config, &examples(data), &examples(eval), &mut |p| {

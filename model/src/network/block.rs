@@ -35,7 +35,7 @@ impl Block {
                 config.attention_bias && matches!(kind, LinearKind::QProj | LinearKind::KProj | LinearKind::VProj);
             let bias = format!("model.layers.{layer}.{}.bias", kind.path());
             Ok::<_, ModelError>(Linear {
-                weight: weights.get(&at(&kind.path()), &[out, input])?,
+                weight: ops::for_products(weights.get(&at(&kind.path()), &[out, input])?)?,
                 bias: has_bias.then(|| weights.get(&bias, &[out])).transpose()?,
             })
         };

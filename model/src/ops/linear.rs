@@ -3,6 +3,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
+use super::has_kernel;
+
 /// `x wᵀ + bias`.
 ///
 /// - `x`: `[t, i]`; `w`: `[o, i]`; `bias`: `[o]`
@@ -20,6 +22,15 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Te
     match bias {
         Some(bias) => y.broadcast_add(bias),
         None => Ok(y),
+    }
+}
+
+/// A frozen weight `[o, i]` laid out in memory as products on the CPU read it, column by column: `gemm` then multiplies
+/// it as it is, where it would else copy the whole weight into that order in every product.
+pub(crate) fn for_products(w: Tensor) -> Result<Tensor> {
+    match has_kernel(&w) && !w.is_variable() {
+        true => w.t()?.contiguous()?.t(),
+        false => Ok(w),
     }
 }
 

@@ -15,7 +15,7 @@ mod vector;
 
 pub(crate) use attention::{AttentionShape, packed_attention};
 pub use cross_entropy::cross_entropy;
-pub(crate) use linear::linear;
+pub(crate) use linear::{for_products, linear};
 pub(crate) use norm::rms_norm;
 pub(crate) use paged_attention::{CachedRow, paged_attention, write_rows};
 pub(crate) use rope::{RopeTable, rope};

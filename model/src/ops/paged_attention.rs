@@ -111,22 +111,31 @@ impl PagedAttention<'_> {
 
     /// One query against the cache rows `slots`, all heads: the keys are read once, in order.
     fn token(&self, slots: &[u32], q: &[f32], k: &[f32], v: &[f32], out: &mut [f32]) {
-        let AttentionShape { heads, head_dim: d, .. } = self.shape;
-        let (width, scale) = (self.shape.kv_width(), self.shape.scale());
+        let AttentionShape {
+            heads,
+            kv_heads,
+            head_dim: d,
+            ..
+        } = self.shape;
+        let (width, scale, group) = (self.shape.kv_width(), self.shape.scale(), heads / kv_heads);
         let slots = &slots[self.shape.first_visible(slots.len() - 1)..];
         let n = slots.len();
         let mut scores = vec![0f32; heads * n];
         for (i, &slot) in slots.iter().enumerate() {
             let key = &k[slot as usize * width..][..width];
-            for (head, q) in q.chunks_exact(d).enumerate() {
-                scores[head * n + i] = vector::dot(q, &key[self.shape.kv_head(head) * d..][..d]) * scale;
+            for (kv, key) in key.chunks_exact(d).enumerate() {
+                for head in kv * group..(kv + 1) * group {
+                    scores[head * n + i] = vector::dot(&q[head * d..][..d], key) * scale;
+                }
             }
         }
         scores.chunks_exact_mut(n).for_each(|s| _ = vector::softmax(s));
         for (i, &slot) in slots.iter().enumerate() {
             let value = &v[slot as usize * width..][..width];
-            for (head, out) in out.chunks_exact_mut(d).enumerate() {
-                vector::axpy(scores[head * n + i], &value[self.shape.kv_head(head) * d..][..d], out);
+            for (kv, value) in value.chunks_exact(d).enumerate() {
+                for head in kv * group..(kv + 1) * group {
+                    vector::axpy(scores[head * n + i], value, &mut out[head * d..][..d]);
+                }
             }
         }
     }

@@ -15,7 +15,12 @@ const STEPS: u32 = 12;
 /// Throughput by batch size, and step time by position.
 pub fn speed(model: &LoadedModel) -> anyhow::Result<ReportData> {
     let eos = model.tokenizer.eos().to_vec();
-    let mut engine = Engine::new(model.network.clone(), None, eos, CacheArgs { kv_cache_tokens: None }.engine())?;
+    let mut engine = Engine::new(
+        model.network.clone(),
+        None,
+        eos,
+        CacheArgs { kv_cache_tokens: None }.engine(),
+    )?;
     let mut data = ReportData::default();
     for batch_size in BATCH_SIZES {
         let point = profile_point(&mut engine, batch_size, 64, STEPS)?;

@@ -30,7 +30,10 @@ impl ServedPredictor {
             max_new_tokens: cap,
             max_prompt_tokens: model.network.config().max_position_embeddings as u32 - 1,
         };
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()?;
         let server = runtime.block_on(PredictorServer::bind("127.0.0.1:0"))?;
         let url = format!("http://{}", server.address());
         let (stop, stopped) = oneshot::channel();
@@ -39,7 +42,12 @@ impl ServedPredictor {
             runtime.block_on(server.serve(Box::new(predictor), BatchingConfig::default(), info, shutdown))
         });
         let client = RemotePredictor::connect(&url)?;
-        Ok(Self { url, client, stop: Some(stop), thread: Some(thread) })
+        Ok(Self {
+            url,
+            client,
+            stop: Some(stop),
+            thread: Some(thread),
+        })
     }
 
     /// Where it answers.
@@ -59,7 +67,9 @@ impl ServedPredictor {
         // Its connection ends with the client, and the server with its connections.
         drop(self.client);
         let thread = self.thread.take().context("the server was started")?;
-        thread.join().map_err(|_| anyhow::anyhow!("the server's thread panicked"))??;
+        thread
+            .join()
+            .map_err(|_| anyhow::anyhow!("the server's thread panicked"))??;
         Ok(())
     }
 }
