@@ -117,16 +117,58 @@ pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) ->
     Ok(estimates)
 }
 
-/// True lengths disturbed so that their mean absolute error is `mae`: Laplace noise, whose mean absolute value is its
-/// scale. Never below 1 nor above `cap`.
+/// True lengths disturbed by Laplace noise so that their mean absolute error is `mae`, never below 1 nor above `cap`.
+/// Those bounds cut errors off, so the noise is scaled until what is left has the error asked for.
 pub fn disturb(lengths: &[u32], mae: f64, cap: u32, seed: u64) -> Vec<u32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut noise = || {
+    let mut unit = || {
         let uniform: f64 = rng.random_range(-0.5..0.5);
-        -mae * uniform.signum() * (1.0 - 2.0 * uniform.abs()).max(f64::MIN_POSITIVE).ln()
+        -uniform.signum() * (1.0 - 2.0 * uniform.abs()).max(f64::MIN_POSITIVE).ln()
     };
-    lengths
-        .iter()
-        .map(|&l| (f64::from(l) + noise()).round().clamp(1.0, f64::from(cap)) as u32)
-        .collect()
+    let noise: Vec<f64> = lengths.iter().map(|_| unit()).collect();
+    let at_scale = |scale: f64| -> Vec<u32> {
+        let one = |(&l, n): (&u32, &f64)| (f64::from(l) + n * scale).round().clamp(1.0, f64::from(cap)) as u32;
+        lengths.iter().zip(&noise).map(one).collect()
+    };
+    let error = |predicted: &[u32]| {
+        let sum: f64 = predicted
+            .iter()
+            .zip(lengths)
+            .map(|(p, l)| f64::from(p.abs_diff(*l)))
+            .sum();
+        sum / lengths.len().max(1) as f64
+    };
+    let (mut low, mut high) = (0.0, mae * 64.0);
+    for _ in 0..50 {
+        let middle = (low + high) / 2.0;
+        if error(&at_scale(middle)) < mae {
+            low = middle
+        } else {
+            high = middle
+        }
+    }
+    at_scale(low)
+}
+
+/// `--noise-mae` as a number of tokens.
+pub fn parse_noise(text: &str) -> Result<f64, String> {
+    let mae = text.parse::<f64>().ok().filter(|mae| mae.is_finite() && *mae >= 0.0);
+    mae.ok_or_else(|| "expected a number of tokens, 0 or more".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_has_the_error_asked_for_in_spite_of_its_bounds() {
+        let lengths: Vec<u32> = (0..4000).map(|i| 1 + (i * i) % 511).collect();
+        for mae in [0.0, 20.0, 62.0, 100.0] {
+            let noisy = disturb(&lengths, mae, 512, 7);
+            let sum: u32 = noisy.iter().zip(&lengths).map(|(a, b)| a.abs_diff(*b)).sum();
+            let got = f64::from(sum) / 4000.0;
+            assert!((got - mae).abs() < 0.5, "{got}, asked for {mae}");
+            assert!(noisy.iter().all(|l| (1..=512).contains(l)));
+        }
+    }
 }

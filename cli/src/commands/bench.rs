@@ -1,6 +1,7 @@
 //! `bench`: strategies timed on the same requests.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -17,7 +18,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::args::Global;
 use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
 use crate::output::{print, print_json};
-use crate::predictions::{PredictionArgs, ask, disturb, from_file, look_up, predictor_for};
+use crate::predictions::{PredictionArgs, ask, disturb, from_file, look_up, parse_noise, predictor_for};
 use crate::progress::{Bar, rate};
 use crate::table::Table;
 
@@ -36,7 +37,7 @@ pub struct BenchArgs {
     predictions: PredictionArgs,
     /// Only the first N requests
     #[arg(long)]
-    num: Option<usize>,
+    num: Option<NonZeroUsize>,
     /// Sampled lengths of the input, for the oracle
     #[arg(long)]
     lengths: Option<PathBuf>,
@@ -47,7 +48,7 @@ pub struct BenchArgs {
     #[arg(long, default_value = "t0.0")]
     actual: String,
     /// Predictions: the true largest lengths, disturbed to this mean absolute error
-    #[arg(long)]
+    #[arg(long, value_parser = parse_noise)]
     noise_mae: Option<f64>,
     /// With --replay and no input: shortest and longest prompt, in tokens
     #[arg(long, num_args = 2, default_values_t = [32, 128])]
@@ -94,7 +95,7 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 fn workload(global: &Global, args: &BenchArgs, decoder: &LocalDecoder) -> anyhow::Result<Workload> {
-    let num = args.num.unwrap_or(usize::MAX);
+    let num = args.num.map_or(usize::MAX, NonZeroUsize::get);
     let mut records = args
         .replay
         .as_deref()

@@ -40,7 +40,7 @@ pub struct DemoArgs {
     #[arg(long, default_value = "lengthwise-demo")]
     output: PathBuf,
     /// Instructions that the adapter is tuned on
-    #[arg(long, default_value = "600")]
+    #[arg(long, default_value = "2400")]
     train_instructions: NonZeroUsize,
     /// Other instructions, which the predictors are tested on and the strategies answer
     #[arg(long, default_value = "256")]
@@ -49,7 +49,7 @@ pub struct DemoArgs {
     #[arg(long, default_value = "16")]
     batch_size: NonZeroUsize,
     /// Passes over the pairs
-    #[arg(long, default_value_t = 14)]
+    #[arg(long, default_value_t = 7)]
     epochs: usize,
 }
 

@@ -145,6 +145,15 @@ fn serve_metrics(listener: TcpListener) -> anyhow::Result<()> {
     let handle = PrometheusBuilder::new()
         .install_recorder()
         .context("metrics cannot be recorded")?;
+    let upkeep = handle.clone();
+    tokio::spawn(async move {
+        // Histograms grow while nobody scrapes them.
+        let mut ticks = tokio::time::interval(Duration::from_secs(5));
+        loop {
+            ticks.tick().await;
+            upkeep.run_upkeep();
+        }
+    });
     let router = Router::new().route("/metrics", get(move || async move { handle.render() }));
     tokio::spawn(async move {
         if let Err(err) = axum::serve(listener, router).await {

@@ -1,8 +1,8 @@
 //! `simulate`: strategies on known lengths.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use anyhow::bail;
 use clap::Args;
 use lengthwise_core::RequestId;
 use lengthwise_scheduler::{SimulatedRequest, Strategy, StrategyReport, simulate};
@@ -27,7 +27,7 @@ pub struct SimulateArgs {
     schedule: ScheduleArgs,
     /// Only the first N requests of the file
     #[arg(long)]
-    num: Option<usize>,
+    num: Option<NonZeroUsize>,
     /// Which recorded sample is the one that is generated: t0.0, t0.3, …
     #[arg(long, default_value = "t0.0")]
     actual: String,
@@ -35,13 +35,13 @@ pub struct SimulateArgs {
     #[arg(long, conflicts_with = "noise_mae")]
     predictions: Option<PathBuf>,
     /// Predictions: the true largest lengths, disturbed to this mean absolute error
-    #[arg(long)]
+    #[arg(long, value_parser = predictions::parse_noise)]
     noise_mae: Option<f64>,
 }
 
 pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
     let mut records = read_lengths(&args.lengths)?;
-    records.truncate(args.num.unwrap_or(usize::MAX));
+    records.truncate(args.num.map_or(usize::MAX, NonZeroUsize::get));
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
         let requests = requests(global, args, &records, strategy)?;
@@ -64,13 +64,16 @@ fn requests(
     let largest: Vec<u32> = records.iter().map(|r| r.largest().min(cap)).collect();
     let predicted = match (strategy, &args.predictions, args.noise_mae) {
         // The oracle knows, whatever the others are told.
-        (Strategy::Oracle, _, _) | (_, None, None) => largest,
+        (Strategy::Oracle | Strategy::Vanilla, _, _) => largest,
+        (_, None, None) => {
+            tracing::info!("{strategy}: no predictions are given, so the true largest lengths are used");
+            largest
+        }
         (_, Some(path), _) => {
             let ids: Vec<RequestId> = records.iter().map(|r| r.id.clone()).collect();
             predictions::from_file(path, &ids)?
         }
-        (_, None, Some(mae)) if mae.is_finite() && mae >= 0.0 => predictions::disturb(&largest, mae, cap, global.seed),
-        (_, None, Some(mae)) => bail!("--noise-mae is {mae}, it must be a number of tokens, 0 or more"),
+        (_, None, Some(mae)) => predictions::disturb(&largest, mae, cap, global.seed),
     };
     let request = |(record, predicted): (&LengthRecord, u32)| {
         Ok(SimulatedRequest {
