@@ -6,6 +6,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 use super::adapter::peft_name;
 use super::{Adapter, LinearKind, LoraConfig, LoraPair};
@@ -33,7 +34,21 @@ struct AdapterFile {
     use_dora: bool,
     #[serde(default)]
     use_rslora: bool,
+    #[serde(flatten, skip_serializing)]
+    other: Map<String, Value>,
 }
+
+/// Settings beyond those above that change what the adapter computes, and are not supported.
+const UNSUPPORTED: [&str; 8] = [
+    "alpha_pattern",
+    "rank_pattern",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+];
 
 fn none() -> String {
     "none".to_owned()
@@ -109,6 +124,7 @@ impl Adapter {
             task_type: Some("CAUSAL_LM".to_owned()),
             use_dora: false,
             use_rslora: config.use_rslora,
+            other: Map::new(),
         };
         let json = serde_json::to_string_pretty(&file).expect("plain data is serialisable");
         // The config goes last: a folder that has it is whole.
@@ -130,12 +146,25 @@ impl AdapterFile {
         if self.use_dora || self.fan_in_fan_out || self.bias != "none" {
             return Err("use_dora, fan_in_fan_out and a bias other than \"none\" are not supported".to_owned());
         }
+        let is_set = |value: &Value| match value {
+            Value::Null | Value::Bool(false) => false,
+            Value::Object(map) => !map.is_empty(),
+            _ => true,
+        };
+        if let Some(key) = UNSUPPORTED.iter().find(|key| self.other.get(**key).is_some_and(is_set)) {
+            return Err(format!("{key} is not supported, adapter_config.json sets it"));
+        }
         if self.r == 0 {
             return Err("r is 0, it must be at least 1".to_owned());
         }
         let target_modules = match self.target_modules {
             Targets::Name(name) => name.parse()?,
-            Targets::List(names) => names.join(",").parse()?,
+            // Made with `all-linear` they are full paths, `model.layers.0.self_attn.q_proj`. That every layer has each
+            // of them is seen when the tensors are read.
+            Targets::List(names) => {
+                let last: Vec<_> = names.iter().filter_map(|name| name.rsplit('.').next()).collect();
+                last.join(",").parse()?
+            }
         };
         Ok(LoraConfig {
             r: self.r,
@@ -152,9 +181,9 @@ type Pairs = BTreeMap<(usize, LinearKind), LoraPair>;
 /// Sorts the tensors of a file into pairs; every one must be there, of the right shape, finite, and none left over.
 fn pairs(mut tensors: HashMap<String, Tensor>, config: &LoraConfig, model: &ModelConfig) -> Result<Pairs, String> {
     let mut take = |name: String, shape: (usize, usize)| {
-        let tensor = tensors
-            .remove(&name)
-            .ok_or_else(|| format!("{name} is missing: it was made for another model"))?;
+        let tensor = tensors.remove(&name).ok_or_else(|| {
+            format!("{name} is missing: it was made for another model, or for some layers only, which is not supported")
+        })?;
         if tensor.dims() != [shape.0, shape.1] {
             let got = tensor.dims();
             return Err(format!(
