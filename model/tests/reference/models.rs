@@ -1,10 +1,10 @@
 //! Every architecture: logits of every position and greedy tokens.
 
 use anyhow::{Context, Result, ensure};
-use candle_core::D;
-use lengthwise_model::Llama;
+use candle_core::{D, DType, Device};
+use lengthwise_model::{Llama, ModelConfig, RopeScaling, Weights};
 
-use crate::support::{Reference, Running, assert_cached, assert_uncached, model};
+use crate::support::{Reference, Running, assert_cached, assert_uncached, fixture, model};
 
 const ALL_ROWS: [usize; 4] = [0, 1, 2, 3];
 
@@ -80,4 +80,40 @@ fn qwen2_with_attention_biases_equals_transformers() -> Result<()> {
 #[test]
 fn qwen3_with_norms_of_queries_and_keys_equals_transformers() -> Result<()> {
     check("qwen3")
+}
+
+/// Without this a fixture in which a setting makes no difference would pass whatever the network does with it.
+#[test]
+fn every_setting_shows_in_the_logits() -> Result<()> {
+    let llama3 = |factor, low_freq_factor, high_freq_factor| RopeScaling::Llama3 {
+        factor,
+        low_freq_factor,
+        high_freq_factor,
+        original_max_position_embeddings: 64.0,
+    };
+    let changes: [(&str, &dyn Fn(&mut ModelConfig)); 12] = [
+        ("llama", &|c| c.rope_theta = 9000.0),
+        ("llama", &|c| c.rms_norm_eps = 1e-4),
+        ("llama3", &|c| c.rope_scaling = RopeScaling::None),
+        ("llama3", &|c| c.rope_scaling = llama3(7.0, 1.0, 4.0)),
+        ("llama3", &|c| c.rope_scaling = llama3(8.0, 1.1, 4.0)),
+        ("llama3", &|c| c.rope_scaling = llama3(8.0, 1.0, 5.0)),
+        ("llama_linear", &|c| {
+            c.rope_scaling = RopeScaling::Linear { factor: 3.0 }
+        }),
+        ("mistral", &|c| c.sliding_window = Some(7)),
+        ("mistral", &|c| c.sliding_window = Some(9)),
+        ("mistral", &|c| c.rms_norm_eps = 1e-5),
+        ("qwen2", &|c| c.attention_bias = false),
+        ("qwen3", &|c| c.qk_norm = false),
+    ];
+    for (i, (name, change)) in changes.into_iter().enumerate() {
+        let folder = fixture(name);
+        let mut config = ModelConfig::from_folder(&folder)?;
+        change(&mut config);
+        let changed = Llama::new(&config, &Weights::open(&folder, DType::F32, &Device::Cpu)?)?;
+        let same = assert_uncached(&changed, None, &Reference::read(name)?).is_ok();
+        ensure!(!same, "change {i}, of {name}, makes no difference");
+    }
+    Ok(())
 }
