@@ -53,7 +53,7 @@ pub struct DemoArgs {
     epochs: usize,
 }
 
-/// Cap on every answer, in tokens: the longest answer of the bundled model's language has about 420.
+/// Cap on every answer, in tokens: the longest answers of the bundled model's language have about 430.
 const MAX_NEW_TOKENS: u32 = 512;
 /// Labels are rounded up to this; the bundled model's answers are shorter than Vicuna's, for which 50 was published.
 const BUCKET: u32 = 10;

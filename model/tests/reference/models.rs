@@ -91,7 +91,8 @@ fn every_setting_shows_in_the_logits() -> Result<()> {
         high_freq_factor,
         original_max_position_embeddings: 64.0,
     };
-    let changes: [(&str, &dyn Fn(&mut ModelConfig)); 12] = [
+    type Change = dyn Fn(&mut ModelConfig);
+    let changes: [(&str, &Change); 12] = [
         ("llama", &|c| c.rope_theta = 9000.0),
         ("llama", &|c| c.rms_norm_eps = 1e-4),
         ("llama3", &|c| c.rope_scaling = RopeScaling::None),

@@ -15,6 +15,8 @@ pub enum Family {
     Evens,
     /// Odd numbers from a to b.
     Odds,
+    /// Tens from a to b.
+    Tens,
     /// The first n multiples of k, numbered.
     Multiples,
     /// The multiplication table of k up to n.
@@ -68,6 +70,7 @@ impl Family {
         Self::CountDown,
         Self::Evens,
         Self::Odds,
+        Self::Tens,
         Self::Multiples,
         Self::Table,
         Self::NextNumber,
@@ -98,15 +101,16 @@ impl Family {
         match self {
             Self::Spell => ("spell", 40, 20),
             Self::SpellList => ("spell_list", 40, 30),
-            Self::CountUp => ("count_up", 80, 115),
-            Self::CountDown => ("count_down", 65, 95),
-            Self::Evens => ("evens", 35, 25),
-            Self::Odds => ("odds", 35, 25),
+            Self::CountUp => ("count_up", 80, 40),
+            Self::CountDown => ("count_down", 65, 30),
+            Self::Evens => ("evens", 35, 15),
+            Self::Odds => ("odds", 35, 15),
+            Self::Tens => ("tens", 40, 20),
             Self::Multiples => ("multiples", 40, 20),
             Self::Table => ("table", 40, 30),
             Self::NextNumber => ("next_number", 25, 40),
-            Self::Repeat => ("repeat", 40, 75),
-            Self::RepeatLine => ("repeat_line", 40, 110),
+            Self::Repeat => ("repeat", 40, 90),
+            Self::RepeatLine => ("repeat_line", 40, 180),
             Self::Alphabet => ("alphabet", 30, 15),
             Self::NumberList => ("number_list", 35, 15),
             Self::Days => ("days", 25, 15),

@@ -92,6 +92,24 @@ pub(super) fn odds(rng: &mut ChaCha8Rng) -> Task {
     ranged(first, last, PHRASINGS, joined((first..=last).step_by(2)))
 }
 
+/// Largest of the tens: as far as the tokenizer's numbers go, so that every length can be named.
+const LARGEST_TEN: u32 = 510;
+
+pub(super) fn tens(rng: &mut ChaCha8Rng) -> Task {
+    const PHRASINGS: &[&str] = &[
+        "Count in tens from {0} to {1}.",
+        "List the tens from {0} to {1}.",
+        "Please count by ten from {0} to {1}.",
+        "Write every tenth number from {0} to {1}.",
+        "Can you count in tens from {0} to {1}?",
+        "Give me the multiples of ten from {0} to {1}.",
+    ];
+    let len = rng.random_range(3..=40);
+    let first = rng.random_range(1..=LARGEST_TEN / 10 + 1 - len) * 10;
+    let last = first + (len - 1) * 10;
+    ranged(first, last, PHRASINGS, joined((first..=last).step_by(10)))
+}
+
 /// `k` from 2 to 12 and `n` from 3 to 20: no product is above 240.
 fn factors(rng: &mut ChaCha8Rng) -> (u32, u32) {
     (rng.random_range(2..=12), rng.random_range(3..=20))

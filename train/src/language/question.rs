@@ -112,6 +112,7 @@ fn task(family: Family, rng: &mut ChaCha8Rng) -> Task {
         Family::CountDown => numbers::count_down(rng),
         Family::Evens => numbers::evens(rng),
         Family::Odds => numbers::odds(rng),
+        Family::Tens => numbers::tens(rng),
         Family::Multiples => numbers::multiples(rng),
         Family::Table => numbers::table(rng),
         Family::NextNumber => numbers::next_number(rng),

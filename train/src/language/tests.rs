@@ -32,6 +32,7 @@ fn answers_worked_by_hand() {
             "Show me the table of 3 up to 3.",
             "3 times 1 is 3. 3 times 2 is 6. 3 times 3 is 9.",
         ),
+        (Family::Tens, "Count in tens from 230 to 260.", "230 240 250 260"),
         (Family::NextNumber, "What comes after 41?", "42"),
         (Family::Repeat, "Say apple 3 times.", "1. apple 2. apple 3. apple"),
         (Family::Alphabet, "Say the alphabet from c to f.", "c d e f"),
