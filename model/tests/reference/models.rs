@@ -82,31 +82,33 @@ fn qwen3_with_norms_of_queries_and_keys_equals_transformers() -> Result<()> {
     check("qwen3")
 }
 
-/// Without this a fixture in which a setting makes no difference would pass whatever the network does with it.
-#[test]
-fn every_setting_shows_in_the_logits() -> Result<()> {
-    let llama3 = |factor, low_freq_factor, high_freq_factor| RopeScaling::Llama3 {
+/// Llama 3's scaling of a context of 64 tokens.
+fn llama3(factor: f64, low_freq_factor: f64, high_freq_factor: f64) -> RopeScaling {
+    RopeScaling::Llama3 {
         factor,
         low_freq_factor,
         high_freq_factor,
         original_max_position_embeddings: 64.0,
-    };
-    type Change = dyn Fn(&mut ModelConfig);
-    let changes: [(&str, &Change); 12] = [
-        ("llama", &|c| c.rope_theta = 9000.0),
-        ("llama", &|c| c.rms_norm_eps = 1e-4),
-        ("llama3", &|c| c.rope_scaling = RopeScaling::None),
-        ("llama3", &|c| c.rope_scaling = llama3(7.0, 1.0, 4.0)),
-        ("llama3", &|c| c.rope_scaling = llama3(8.0, 1.1, 4.0)),
-        ("llama3", &|c| c.rope_scaling = llama3(8.0, 1.0, 5.0)),
-        ("llama_linear", &|c| {
-            c.rope_scaling = RopeScaling::Linear { factor: 3.0 }
-        }),
-        ("mistral", &|c| c.sliding_window = Some(7)),
-        ("mistral", &|c| c.sliding_window = Some(9)),
-        ("mistral", &|c| c.rms_norm_eps = 1e-5),
-        ("qwen2", &|c| c.attention_bias = false),
-        ("qwen3", &|c| c.qk_norm = false),
+    }
+}
+
+/// Without this a fixture in which a setting makes no difference would pass whatever the network does with it.
+#[test]
+fn every_setting_shows_in_the_logits() -> Result<()> {
+    type Change = fn(&mut ModelConfig);
+    let changes: [(&str, Change); 12] = [
+        ("llama", |c| c.rope_theta = 9000.0),
+        ("llama", |c| c.rms_norm_eps = 1e-4),
+        ("llama3", |c| c.rope_scaling = RopeScaling::None),
+        ("llama3", |c| c.rope_scaling = llama3(7.0, 1.0, 4.0)),
+        ("llama3", |c| c.rope_scaling = llama3(8.0, 1.1, 4.0)),
+        ("llama3", |c| c.rope_scaling = llama3(8.0, 1.0, 5.0)),
+        ("llama_linear", |c| c.rope_scaling = RopeScaling::Linear { factor: 3.0 }),
+        ("mistral", |c| c.sliding_window = Some(7)),
+        ("mistral", |c| c.sliding_window = Some(9)),
+        ("mistral", |c| c.rms_norm_eps = 1e-5),
+        ("qwen2", |c| c.attention_bias = false),
+        ("qwen3", |c| c.qk_norm = false),
     ];
     for (i, (name, change)) in changes.into_iter().enumerate() {
         let folder = fixture(name);
