@@ -164,9 +164,8 @@ fn a_killed_training_resumes_to_the_same_adapter() -> Result<()> {
         args.extend(resume.then(|| "--resume".to_owned()));
         args
     };
-    let as_strs = |args: &[String]| -> Vec<String> { args.to_vec() };
     let run_args = |args: Vec<String>| succeed(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    run_args(as_strs(&args("whole", false)))?;
+    run_args(args("whole", false))?;
     let killed = args("killed", false);
     let curve = folder.path("killed/loss.jsonl");
     kill_when(&killed.iter().map(String::as_str).collect::<Vec<_>>(), || {
