@@ -21,11 +21,23 @@ use clap::Parser;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    say_threads();
     // Wrong usage is printed and exits with 2 in here.
     let cli = args::Cli::parse();
     logging::init(&cli.global);
     match commands::run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(err) => error::report(&err),
+    }
+}
+
+/// Sets `RAYON_NUM_THREADS` where the user has not: candle looks for it at every operation, and counts the processors
+/// in /proc/cpuinfo each time where it is not set.
+fn say_threads() {
+    const NAME: &str = "RAYON_NUM_THREADS";
+    if std::env::var_os(NAME).is_none() {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        // SAFETY: the first thing in the process, before there is another thread.
+        unsafe { std::env::set_var(NAME, threads.to_string()) };
     }
 }

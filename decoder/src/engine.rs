@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::DType;
 use lengthwise_core::DecodeError;
 use lengthwise_model::{Adapter, KvCache, Llama, Segment, kv_bytes_per_token};
 
@@ -52,8 +51,7 @@ impl Engine {
     ) -> Result<Self, DecodeError> {
         let per_token = kv_bytes_per_token(model.config(), model.dtype());
         let tokens = config.kv_cache_tokens.unwrap_or(DEFAULT_CACHE_BYTES / per_token);
-        let cache =
-            KvCache::new(model.config(), tokens, cache_dtype(&model), model.device()).map_err(DecodeError::model)?;
+        let cache = KvCache::new(&model, tokens).map_err(DecodeError::model)?;
         Ok(Self {
             model,
             adapter,
@@ -133,7 +131,6 @@ impl Engine {
         let logits = self
             .model
             .forward(&segments, &mut self.cache, self.adapter.as_deref())
-            .and_then(|logits| Ok(logits.flatten_all()?.to_vec1::<f32>()?))
             .map_err(DecodeError::model)?;
         let rows = logits.chunks_exact(self.model.config().vocab_size);
         for ((i, &n), logits) in running().zip(rows) {
@@ -168,9 +165,4 @@ impl Engine {
         let table = sequence.evict();
         self.cache.release(table);
     }
-}
-
-/// Keys and values have the weights' dtype.
-fn cache_dtype(model: &Llama) -> DType {
-    model.dtype()
 }

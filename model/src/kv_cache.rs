@@ -1,21 +1,32 @@
 //! The KV cache: keys and values of every layer in blocks that sequences borrow and give back.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{DType, Tensor};
 
-use crate::{ModelConfig, ModelError};
+use crate::cpu::{HostCache, Workspace};
+use crate::{Llama, ModelConfig, ModelError};
 
 /// Tokens in a block.
 pub const BLOCK_TOKENS: usize = 16;
 
-/// Preallocated keys and values, `[blocks * BLOCK_TOKENS, kv_heads * head_dim]` per layer.
+/// Preallocated keys and values of one model.
 ///
 /// A sequence holds a [`BlockTable`]; no row is ever copied or padded, and a sequence's end frees its blocks at once.
 #[derive(Debug)]
 pub struct KvCache {
-    pub(crate) keys: Vec<Tensor>,
-    pub(crate) values: Vec<Tensor>,
+    pub(crate) store: Store,
+    /// The logits of the last pass, `[segments, vocab]`.
+    pub(crate) logits: Vec<f32>,
     free: Vec<u32>,
     blocks: usize,
+}
+
+/// Where the keys and values are.
+#[derive(Debug)]
+pub(crate) enum Store {
+    /// In main memory, with the buffers of a pass, which are kept from one to the next.
+    Host(HostCache, Workspace),
+    /// Tensors `[blocks * BLOCK_TOKENS, kv_heads * head_dim]`, one of each per layer.
+    Tensors { keys: Vec<Tensor>, values: Vec<Tensor> },
 }
 
 /// The blocks that a sequence holds, in the order of its positions.
@@ -30,6 +41,11 @@ impl BlockTable {
         self.blocks.len() * BLOCK_TOKENS
     }
 
+    /// The blocks, in the order of the positions.
+    pub(crate) fn blocks(&self) -> &[u32] {
+        &self.blocks
+    }
+
     /// Cache row of `position`, which must be below the capacity.
     pub(crate) fn slot(&self, position: usize) -> u32 {
         self.blocks[position / BLOCK_TOKENS] * BLOCK_TOKENS as u32 + (position % BLOCK_TOKENS) as u32
@@ -37,21 +53,29 @@ impl BlockTable {
 }
 
 impl KvCache {
-    /// Room for `tokens`, rounded up to whole blocks.
+    /// Room for `tokens` of sequences of `model`, rounded up to whole blocks, in the dtype of its weights.
     ///
     /// # Errors
     /// The device has not that much memory.
-    pub fn new(config: &ModelConfig, tokens: usize, dtype: DType, device: &Device) -> Result<Self, ModelError> {
+    pub fn new(model: &Llama, tokens: usize) -> Result<Self, ModelError> {
         let blocks = tokens.div_ceil(BLOCK_TOKENS).max(1);
+        let config = model.config();
         let shape = (blocks * BLOCK_TOKENS, config.num_key_value_heads * config.head_dim);
         let layers = || {
             (0..config.num_hidden_layers)
-                .map(|_| Tensor::zeros(shape, dtype, device))
+                .map(|_| Tensor::zeros(shape, model.dtype(), model.device()))
                 .collect::<candle_core::Result<Vec<_>>>()
         };
+        let store = match model.runs_on_host() {
+            true => Store::Host(HostCache::new(config, blocks), Workspace::default()),
+            false => Store::Tensors {
+                keys: layers()?,
+                values: layers()?,
+            },
+        };
         Ok(Self {
-            keys: layers()?,
-            values: layers()?,
+            store,
+            logits: Vec::new(),
             free: (0..blocks as u32).rev().collect(),
             blocks,
         })
@@ -94,7 +118,8 @@ mod tests {
     use super::*;
 
     fn cache(tokens: usize) -> KvCache {
-        KvCache::new(&crate::testing::config(), tokens, DType::F32, &Device::Cpu).expect("a small cache fits")
+        let model = crate::testing::network(&crate::testing::config()).expect("a small network fits");
+        KvCache::new(&model, tokens).expect("a small cache fits")
     }
 
     #[test]

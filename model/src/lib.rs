@@ -1,6 +1,7 @@
 //! A Llama on candle: network, KV cache, LoRA, checkpoints, tokenizer, chat templates and sampling.
 
 mod config;
+mod cpu;
 mod error;
 mod kv_cache;
 mod lora;

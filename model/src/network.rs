@@ -1,6 +1,8 @@
 //! The transformer: one network for every Llama-style model; what differs between them is data in the config.
 
 mod block;
+mod host;
+mod linear;
 mod pass;
 mod rope_scaling;
 #[cfg(test)]
@@ -10,11 +12,13 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::kv_cache::{KvCache, Store};
 use crate::lora::{Adapter, Dropout, LinearKind};
 use crate::ops::{self, RopeTable};
-use crate::{KvCache, ModelConfig, ModelError, Weights};
+use crate::{ModelConfig, ModelError, Weights};
 
 use block::Block;
+use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
 
@@ -28,7 +32,7 @@ pub struct Llama {
     embed_tokens: Tensor,
     blocks: Vec<Block>,
     norm: Tensor,
-    lm_head: Tensor,
+    lm_head: Weight,
     rope: Arc<RopeTable>,
 }
 
@@ -41,8 +45,8 @@ impl Llama {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         let embed_tokens = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
         let lm_head = match config.tie_word_embeddings {
-            true => ops::for_products(embed_tokens.clone())?,
-            false => ops::for_products(weights.get("lm_head.weight", &[vocab, hidden])?)?,
+            true => Weight::new(embed_tokens.clone())?,
+            false => Weight::new(weights.get("lm_head.weight", &[vocab, hidden])?)?,
         };
         let blocks = (0..config.num_hidden_layers)
             .map(|i| Block::load(config, weights, i))
@@ -73,35 +77,56 @@ impl Llama {
         self.embed_tokens.dtype()
     }
 
+    /// Whether the CPU path runs it: frozen f32 weights in main memory.
+    pub(crate) fn runs_on_host(&self) -> bool {
+        self.lm_head.packed().is_some()
+    }
+
     /// Runs every segment's new tokens on top of what the cache holds of its sequence, and adds them to the cache.
     ///
-    /// Returns the logits after each segment's last token, `[segments, vocab]` in f32.
+    /// Returns the logits after each segment's last token, `[segments, vocab]` in f32 row by row; they lie in the cache
+    /// until the next pass.
     ///
     /// # Errors
     /// A position past the model's context, a block table too short, or the device failed.
-    pub fn forward(
+    pub fn forward<'c>(
         &self,
         segments: &[Segment],
-        cache: &mut KvCache,
+        cache: &'c mut KvCache,
         adapter: Option<&Adapter>,
-    ) -> Result<Tensor, ModelError> {
+    ) -> Result<&'c [f32], ModelError> {
+        pass::check(segments)?;
         let (tokens, positions) = self.pack(segments.iter().map(|s| (s.tokens, s.start)))?;
-        let rows = pass::cached_rows(segments)?;
-        let mut last = Vec::with_capacity(segments.len());
-        let mut end = 0;
-        for segment in segments {
-            end += segment.tokens.len() as u32;
-            last.push(end - 1);
+        match &mut cache.store {
+            Store::Host(host, workspace) => {
+                let spans = host::spans(segments);
+                let pass = host::HostPass {
+                    tokens: &tokens,
+                    positions: &positions,
+                    spans: &spans,
+                    adapter,
+                };
+                self.forward_host(&pass, host, workspace, &mut cache.logits)?;
+            }
+            Store::Tensors { keys, values } => {
+                let rows = pass::cached_rows(segments);
+                let pass = Pass {
+                    positions,
+                    rope: &self.rope,
+                    adapter,
+                    dropout: None,
+                    attention: Attention::Cached {
+                        keys,
+                        values,
+                        rows: &rows,
+                    },
+                };
+                let hidden = self.hidden(&tokens, &pass)?;
+                let logits = self.logits(&hidden, &pass::last_rows(segments))?;
+                cache.logits = logits.flatten_all()?.to_vec1()?;
+            }
         }
-        let pass = Pass {
-            positions,
-            rope: &self.rope,
-            adapter,
-            dropout: None,
-            attention: Attention::Cached { cache, rows: &rows },
-        };
-        let hidden = self.hidden(&tokens, &pass)?;
-        self.logits(&hidden, &last)
+        Ok(&cache.logits)
     }
 
     /// Runs whole sequences without a cache, differentiably.
@@ -143,9 +168,7 @@ impl Llama {
             for kind in LinearKind::ALL {
                 if let Some(delta) = adapter.delta(layer, kind)? {
                     let weight = &mut block.linear_mut(kind).weight;
-                    *weight = (weight.to_dtype(DType::F32)? + delta)?
-                        .to_dtype(weight.dtype())?
-                        .detach();
+                    *weight = weight.add(&delta)?;
                 }
             }
         }
@@ -190,6 +213,6 @@ impl Llama {
         let rows = Tensor::new(rows, self.device())?;
         let wanted = hidden.index_select(&rows, 0)?;
         let normed = ops::rms_norm(&wanted, &self.norm, self.config.rms_norm_eps)?;
-        Ok(ops::linear(&normed, &self.lm_head, None)?.to_dtype(DType::F32)?)
+        Ok(self.lm_head.product(&normed)?.to_dtype(DType::F32)?)
     }
 }

@@ -2,12 +2,14 @@
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use super::{LinearKind, LoraConfig};
+use crate::cpu::PackedMatrix;
 use crate::{ModelConfig, ModelError};
 
 /// The factors of one linear layer, f32: `a` is `[r, in]`, `b` is `[out, r]`.
@@ -15,6 +17,43 @@ use crate::{ModelConfig, ModelError};
 pub(crate) struct LoraPair {
     pub a: Tensor,
     pub b: Tensor,
+    packed: OnceLock<Arc<PackedPair>>,
+}
+
+/// The factors as the CPU path multiplies them.
+#[derive(Debug)]
+pub(crate) struct PackedPair {
+    pub a: PackedMatrix,
+    pub b: PackedMatrix,
+}
+
+impl LoraPair {
+    pub fn new(a: Tensor, b: Tensor) -> Self {
+        Self {
+            a,
+            b,
+            packed: OnceLock::new(),
+        }
+    }
+
+    /// The factors in panels, made once; anew every time while they are trained.
+    pub fn packed(&self) -> candle_core::Result<Arc<PackedPair>> {
+        if let Some(packed) = self.packed.get() {
+            return Ok(packed.clone());
+        }
+        let pack = |t: &Tensor| {
+            let (outputs, inputs) = t.dims2()?;
+            Ok::<_, candle_core::Error>(PackedMatrix::pack(&t.flatten_all()?.to_vec1::<f32>()?, outputs, inputs))
+        };
+        let packed = Arc::new(PackedPair {
+            a: pack(&self.a)?,
+            b: pack(&self.b)?,
+        });
+        if self.a.is_variable() || self.b.is_variable() {
+            return Ok(packed);
+        }
+        Ok(self.packed.get_or_init(|| packed).clone())
+    }
 }
 
 /// A LoRA adapter of one model.
@@ -45,11 +84,10 @@ impl Adapter {
                 let a: Vec<f32> = (0..config.r * input).map(|_| rng.random_range(-bound..bound)).collect();
                 let a = Var::from_tensor(&Tensor::from_vec(a, (config.r, input), device)?)?;
                 let b = Var::zeros((out, config.r), DType::F32, device)?;
-                let pair = LoraPair {
-                    a: a.as_tensor().clone(),
-                    b: b.as_tensor().clone(),
-                };
-                pairs.insert((layer, kind), pair);
+                pairs.insert(
+                    (layer, kind),
+                    LoraPair::new(a.as_tensor().clone(), b.as_tensor().clone()),
+                );
             }
         }
         Ok(Self { config, pairs })
@@ -82,21 +120,16 @@ impl Adapter {
         self.map(|t| Ok(Var::from_tensor(&t.detach())?.as_tensor().clone()))
     }
 
-    /// The same values without a graph: for a forward pass that is not trained on.
+    /// A copy of the values as they are now, without a graph: for forward passes that are not trained on.
     ///
     /// # Errors
-    /// None in practice; candle's signature.
+    /// No memory.
     pub fn frozen(&self) -> Result<Self, ModelError> {
-        self.map(|t| Ok(t.detach()))
+        self.map(|t| Ok(t.detach().copy()?))
     }
 
     fn map(&self, f: impl Fn(&Tensor) -> Result<Tensor, ModelError>) -> Result<Self, ModelError> {
-        let pair = |p: &LoraPair| {
-            Ok::<_, ModelError>(LoraPair {
-                a: f(&p.a)?,
-                b: f(&p.b)?,
-            })
-        };
+        let pair = |p: &LoraPair| Ok::<_, ModelError>(LoraPair::new(f(&p.a)?, f(&p.b)?));
         let pairs = self
             .pairs
             .iter()

@@ -206,7 +206,7 @@ fn pairs(mut tensors: HashMap<String, Tensor>, config: &LoraConfig, model: &Mode
             let (out, input) = kind.shape(model);
             let a = take(peft_name(layer, kind, 'A'), (config.r, input))?;
             let b = take(peft_name(layer, kind, 'B'), (out, config.r))?;
-            pairs.insert((layer, kind), LoraPair { a, b });
+            pairs.insert((layer, kind), LoraPair::new(a, b));
         }
     }
     match tensors.keys().min() {

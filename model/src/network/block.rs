@@ -2,28 +2,22 @@
 
 use candle_core::{Result, Tensor};
 
+use super::linear::{Linear, Weight};
 use super::pass::{Attention, Pass};
 use crate::lora::LinearKind;
 use crate::ops::{self, AttentionShape};
 use crate::{ModelConfig, ModelError, Weights};
 
-/// A linear layer's weight `[out, in]` and bias `[out]`.
-#[derive(Debug, Clone)]
-pub(super) struct Linear {
-    pub weight: Tensor,
-    bias: Option<Tensor>,
-}
-
 #[derive(Debug, Clone)]
 pub(super) struct Block {
     /// In the order of [`LinearKind::ALL`].
-    linears: [Linear; 7],
-    input_norm: Tensor,
-    post_attention_norm: Tensor,
+    pub linears: [Linear; 7],
+    pub input_norm: Tensor,
+    pub post_attention_norm: Tensor,
     /// Norms over each head of queries and keys, where the model has them (Qwen3).
-    qk_norms: Option<(Tensor, Tensor)>,
-    shape: AttentionShape,
-    eps: f64,
+    pub qk_norms: Option<(Tensor, Tensor)>,
+    pub shape: AttentionShape,
+    pub eps: f64,
 }
 
 impl Block {
@@ -35,7 +29,7 @@ impl Block {
                 config.attention_bias && matches!(kind, LinearKind::QProj | LinearKind::KProj | LinearKind::VProj);
             let bias = format!("model.layers.{layer}.{}.bias", kind.path());
             Ok::<_, ModelError>(Linear {
-                weight: ops::for_products(weights.get(&at(&kind.path()), &[out, input])?)?,
+                weight: Weight::new(weights.get(&at(&kind.path()), &[out, input])?)?,
                 bias: has_bias.then(|| weights.get(&bias, &[out])).transpose()?,
             })
         };
@@ -85,8 +79,8 @@ impl Block {
         let v = self.linear(LinearKind::VProj, x, layer, pass)?;
         let mixed = match &pass.attention {
             Attention::Packed(lengths) => ops::packed_attention(&q, &k, &v, lengths, shape)?,
-            Attention::Cached { cache, rows } => {
-                let (keys, values) = (&cache.keys[layer], &cache.values[layer]);
+            Attention::Cached { keys, values, rows } => {
+                let (keys, values) = (&keys[layer], &values[layer]);
                 let slots: Vec<u32> = rows.iter().flat_map(|r| r.slots[r.start..].iter().copied()).collect();
                 ops::write_rows(keys, &k, &slots)?;
                 ops::write_rows(values, &v, &slots)?;
@@ -114,7 +108,7 @@ impl Block {
 
     fn linear(&self, kind: LinearKind, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
         let linear = &self.linears[kind as usize];
-        let base = ops::linear(x, &linear.weight, linear.bias.as_ref())?;
+        let base = linear.forward(x)?;
         let Some((adapter, pair)) = pass.adapter.and_then(|a| Some((a, a.pair(layer, kind)?))) else {
             return Ok(base);
         };

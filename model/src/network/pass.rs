@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
+use candle_core::Tensor;
+
 use crate::lora::{Adapter, Dropout};
 use crate::ops::{CachedRow, RopeTable};
-use crate::{BlockTable, KvCache, ModelError};
+use crate::{BlockTable, ModelError};
 
 /// New tokens of one sequence in a forward pass.
 #[derive(Debug, Clone, Copy)]
@@ -22,7 +24,12 @@ pub(super) enum Attention<'a> {
     /// Each sequence is whole in this pass; its length in tokens.
     Packed(Arc<[usize]>),
     /// Earlier tokens are in the cache, and the new ones go there.
-    Cached { cache: &'a KvCache, rows: &'a [CachedRow] },
+    Cached {
+        /// One per layer, as the values.
+        keys: &'a [Tensor],
+        values: &'a [Tensor],
+        rows: &'a [CachedRow],
+    },
 }
 
 /// Everything besides the hidden states that a layer needs.
@@ -35,19 +42,34 @@ pub(super) struct Pass<'a> {
     pub attention: Attention<'a>,
 }
 
-/// The cache rows of every segment's positions.
-pub(super) fn cached_rows(segments: &[Segment]) -> Result<Vec<CachedRow>, ModelError> {
-    let row = |segment: &Segment| {
-        let end = segment.start + segment.tokens.len();
-        if segment.tokens.is_empty() || segment.table.capacity() < end {
-            let capacity = segment.table.capacity();
-            return Err(ModelError::BlockTableTooShort { needed: end, capacity });
+/// Every segment has tokens, and blocks for them.
+pub(super) fn check(segments: &[Segment]) -> Result<(), ModelError> {
+    for segment in segments {
+        let (needed, capacity) = (segment.start + segment.tokens.len(), segment.table.capacity());
+        if segment.tokens.is_empty() || capacity < needed {
+            return Err(ModelError::BlockTableTooShort { needed, capacity });
         }
-        Ok(CachedRow {
-            queries: segment.tokens.len(),
-            start: segment.start,
-            slots: (0..end).map(|p| segment.table.slot(p)).collect(),
-        })
+    }
+    Ok(())
+}
+
+/// The cache rows of every segment's positions.
+pub(super) fn cached_rows(segments: &[Segment]) -> Vec<CachedRow> {
+    let row = |segment: &Segment| CachedRow {
+        queries: segment.tokens.len(),
+        start: segment.start,
+        slots: (0..segment.start + segment.tokens.len())
+            .map(|p| segment.table.slot(p))
+            .collect(),
     };
     segments.iter().map(row).collect()
+}
+
+/// The packed row of every segment's last token.
+pub(super) fn last_rows(segments: &[Segment]) -> Vec<u32> {
+    let ends = segments.iter().scan(0, |end, segment| {
+        *end += segment.tokens.len() as u32;
+        Some(*end - 1)
+    });
+    ends.collect()
 }

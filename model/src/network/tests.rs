@@ -1,6 +1,6 @@
 //! What must hold of the network whatever its weights: independence of rows, of chunks, and of merging.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 
 use crate::ops::testing::assert_close;
 use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, Segment, TargetModules, cross_entropy};
@@ -29,7 +29,7 @@ fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
 
 /// Logits after every prefix end given by `chunks`, each chunk one forward pass; the last chunk's are returned.
 fn run(llama: &Llama, prompts: &[&[u32]], chunk: usize, adapter: Option<&Adapter>) -> anyhow::Result<Vec<Tensor>> {
-    let mut cache = KvCache::new(llama.config(), 256, DType::F32, &Device::Cpu)?;
+    let mut cache = KvCache::new(llama, 256)?;
     let mut tables = vec![BlockTable::default(); prompts.len()];
     for (table, prompt) in tables.iter_mut().zip(prompts) {
         assert!(cache.reserve(table, prompt.len()));
@@ -51,7 +51,8 @@ fn run(llama: &Llama, prompts: &[&[u32]], chunk: usize, adapter: Option<&Adapter
         let logits = llama.forward(&segments, &mut cache, adapter)?;
         for (row, (i, end)) in who.into_iter().enumerate() {
             done[i] = end;
-            last[i] = Some(logits.get(row)?);
+            let vocab = llama.config().vocab_size;
+            last[i] = Some(Tensor::new(&logits[row * vocab..][..vocab], &Device::Cpu)?);
         }
     }
     Ok(last.into_iter().flatten().collect())

@@ -1,9 +1,12 @@
 //! Linear layers, frozen or trained.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::has_kernel;
+use std::sync::Arc;
+
+use super::{floats, to_floats};
+use crate::cpu::{self, PackedMatrix};
 
 /// `x wᵀ + bias`.
 ///
@@ -25,12 +28,42 @@ pub(crate) fn linear(x: &Tensor, w: &Tensor, bias: Option<&Tensor>) -> Result<Te
     }
 }
 
-/// A frozen weight `[o, i]` laid out in memory as products on the CPU read it, column by column: `gemm` then multiplies
-/// it as it is, where it would else copy the whole weight into that order in every product.
-pub(crate) fn for_products(w: Tensor) -> Result<Tensor> {
-    match has_kernel(&w) && !w.is_variable() {
-        true => w.t()?.contiguous()?.t(),
-        false => Ok(w),
+/// `x wᵀ` for a frozen weight in panels, which gets no gradient.
+///
+/// - `x`: `[t, inputs]`; returns `[t, outputs]`
+pub(crate) fn packed_linear(x: &Tensor, w: &Arc<PackedMatrix>) -> Result<Tensor> {
+    let x = x.contiguous()?;
+    let op = PackedLinear { w: w.clone() };
+    if x.track_op() {
+        x.apply_op1(op)
+    } else {
+        x.apply_op1_no_bwd(&op)
+    }
+}
+
+struct PackedLinear {
+    w: Arc<PackedMatrix>,
+}
+
+impl CustomOp1 for PackedLinear {
+    fn name(&self) -> &'static str {
+        "packed-linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (rows, inner) = layout.shape().dims2()?;
+        let (outputs, inputs) = self.w.shape();
+        if inner != inputs {
+            candle_core::bail!("linear: input has {inner} features, the weight takes {inputs}");
+        }
+        let y = cpu::product(floats(x, layout, self.name())?, &self.w);
+        Ok((CpuStorage::F32(y), Shape::from((rows, outputs))))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let rows = x.dim(0)?;
+        let dx = self.w.backward(&to_floats(grad)?, rows);
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
@@ -93,6 +126,10 @@ mod tests {
         let grad = |g: &candle_core::backprop::GradStore| g.get(x.as_tensor()).cloned().expect("x has a gradient");
         assert_close(&grad(&ga), &grad(&gb), 1e-5)?;
         assert!(ga.get(&frozen).is_none());
+        let packed = Arc::new(PackedMatrix::pack(&to_floats(&frozen)?, 5, 4));
+        let c = packed_linear(x.as_tensor(), &packed)?;
+        assert_close(&c, &b, 1e-6)?;
+        assert_close(&grad(&c.sqr()?.sum_all()?.backward()?), &grad(&gb), 1e-5)?;
         assert!(gb.get(trained.as_tensor()).is_some());
         Ok(())
     }

@@ -11,20 +11,22 @@ mod norm;
 mod paged_attention;
 mod rope;
 mod swiglu;
-mod vector;
+pub(crate) mod vector;
 
 pub(crate) use attention::{AttentionShape, packed_attention};
 pub use cross_entropy::cross_entropy;
-pub(crate) use linear::{for_products, linear};
-pub(crate) use norm::rms_norm;
+pub(crate) use linear::{linear, packed_linear};
+pub(crate) use norm::{rms_norm, rms_norm_in_place, rms_norm_row};
 pub(crate) use paged_attention::{CachedRow, paged_attention, write_rows};
 pub(crate) use rope::{RopeTable, rope};
-pub(crate) use swiglu::swiglu;
+pub(crate) use swiglu::{swiglu, swiglu_in_place};
 
-use candle_core::{CpuStorage, DType, Layout, Result, Tensor, bail};
+use std::ops::Deref;
+
+use candle_core::{CpuStorage, DType, Layout, Result, Storage, Tensor, bail};
 
 /// Whether the CPU kernels of this module take `x`: f32 in main memory.
-fn has_kernel(x: &Tensor) -> bool {
+pub(crate) fn has_kernel(x: &Tensor) -> bool {
     x.device().is_cpu() && x.dtype() == DType::F32
 }
 
@@ -36,6 +38,34 @@ fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a 
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&data[start..end]),
         None => bail!("{op}: expected a contiguous operand"),
+    }
+}
+
+/// A contiguous f32 tensor in main memory, read where it lies; nothing may write it meanwhile.
+pub(crate) fn host_floats(x: &Tensor) -> Result<impl Deref<Target = [f32]> + '_> {
+    let (storage, layout) = x.storage_and_layout();
+    let Some(range) = layout.contiguous_offsets() else {
+        bail!("expected a contiguous tensor");
+    };
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(_)) => Ok(Floats { storage, range }),
+        _ => bail!("expected f32 in main memory"),
+    }
+}
+
+struct Floats<G> {
+    storage: G,
+    range: (usize, usize),
+}
+
+impl<G: Deref<Target = Storage>> Deref for Floats<G> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &*self.storage {
+            Storage::Cpu(CpuStorage::F32(data)) => &data[self.range.0..self.range.1],
+            _ => &[],
+        }
     }
 }
 

@@ -31,9 +31,23 @@ struct RmsNorm {
     eps: f32,
 }
 
-impl RmsNorm {
-    fn inverse_rms(&self, row: &[f32]) -> f32 {
-        1.0 / (vector::dot(row, row) / row.len() as f32 + self.eps).sqrt()
+fn inverse_rms(row: &[f32], eps: f32) -> f32 {
+    1.0 / (vector::dot(row, row) / row.len() as f32 + eps).sqrt()
+}
+
+/// One row of [`rms_norm`]; all of the same length.
+pub(crate) fn rms_norm_row(row: &[f32], w: &[f32], eps: f32, out: &mut [f32]) {
+    let inverse = inverse_rms(row, eps);
+    for ((o, x), w) in out.iter_mut().zip(row).zip(w) {
+        *o = x * inverse * w;
+    }
+}
+
+/// [`rms_norm_row`] where it lies.
+pub(crate) fn rms_norm_in_place(row: &mut [f32], w: &[f32], eps: f32) {
+    let inverse = inverse_rms(row, eps);
+    for (x, w) in row.iter_mut().zip(w) {
+        *x *= inverse * w;
     }
 }
 
@@ -46,10 +60,7 @@ impl CustomOp2 for RmsNorm {
         let (x, w) = (floats(x, lx, self.name())?, floats(w, lw, self.name())?);
         let mut out = vec![0f32; x.len()];
         for (row, out) in x.chunks_exact(w.len()).zip(out.chunks_exact_mut(w.len())) {
-            let inverse = self.inverse_rms(row);
-            for ((o, x), w) in out.iter_mut().zip(row).zip(w) {
-                *o = x * inverse * w;
-            }
+            rms_norm_row(row, w, self.eps, out);
         }
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
@@ -63,7 +74,7 @@ impl CustomOp2 for RmsNorm {
         let mut dw = vec![0f32; h];
         let rows = x.chunks_exact(h).zip(grad.chunks_exact(h)).zip(dx.chunks_exact_mut(h));
         for ((x, g), dx) in rows {
-            let inverse = self.inverse_rms(x);
+            let inverse = inverse_rms(x, self.eps);
             for i in 0..h {
                 dx[i] = g[i] * scale[i];
                 dw[i] += g[i] * x[i] * inverse;

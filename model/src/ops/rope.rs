@@ -43,6 +43,21 @@ impl RopeTable {
         Ok((pick(&self.cos)?, pick(&self.sin)?))
     }
 
+    /// Turns every head of one token where it lies; `sign` -1 turns back.
+    ///
+    /// - `heads`: `[heads, head_dim]`
+    pub fn turn(&self, heads: &mut [f32], position: u32, sign: f32) {
+        let (cos, sin) = (self.at(&self.cos, position), self.at(&self.sin, position));
+        for head in heads.chunks_exact_mut(2 * self.half) {
+            let (a, b) = head.split_at_mut(self.half);
+            for i in 0..self.half {
+                let (x, y, sin) = (a[i], b[i], sin[i] * sign);
+                a[i] = x * cos[i] - y * sin;
+                b[i] = y * cos[i] + x * sin;
+            }
+        }
+    }
+
     fn at<'a>(&self, table: &'a [f32], position: u32) -> &'a [f32] {
         let start = position as usize * self.half;
         &table[start..start + self.half]
@@ -99,21 +114,9 @@ impl CustomOp1 for Rope {
                 2 * half
             );
         }
-        let mut out = vec![0f32; x.len()];
-        let per_token = heads * dim;
-        let rows = x.chunks_exact(per_token).zip(out.chunks_exact_mut(per_token));
-        for ((row, out), &position) in rows.zip(self.positions.iter()) {
-            let cos = self.table.at(&self.table.cos, position);
-            let sin = self.table.at(&self.table.sin, position);
-            for (head, out) in row.chunks_exact(dim).zip(out.chunks_exact_mut(dim)) {
-                let (a, b) = head.split_at(half);
-                let (out_a, out_b) = out.split_at_mut(half);
-                for i in 0..half {
-                    let sin = sin[i] * self.sign;
-                    out_a[i] = a[i] * cos[i] - b[i] * sin;
-                    out_b[i] = b[i] * cos[i] + a[i] * sin;
-                }
-            }
+        let mut out = x.to_vec();
+        for (row, &position) in out.chunks_exact_mut(heads * dim).zip(self.positions.iter()) {
+            self.table.turn(row, position, self.sign);
         }
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }

@@ -16,6 +16,13 @@ pub(crate) fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// `gate = silu(gate) * up`, element by element.
+pub(crate) fn swiglu_in_place(gate: &mut [f32], up: &[f32]) {
+    for (g, u) in gate.iter_mut().zip(up) {
+        *g = *g * sigmoid(*g) * u;
+    }
+}
+
 struct SwiGlu;
 
 #[inline(always)]
@@ -30,7 +37,8 @@ impl CustomOp2 for SwiGlu {
 
     fn cpu_fwd(&self, gate: &CpuStorage, lg: &Layout, up: &CpuStorage, lu: &Layout) -> Result<(CpuStorage, Shape)> {
         let (gate, up) = (floats(gate, lg, self.name())?, floats(up, lu, self.name())?);
-        let out = gate.iter().zip(up).map(|(g, u)| g * sigmoid(*g) * u).collect();
+        let mut out = gate.to_vec();
+        swiglu_in_place(&mut out, up);
         Ok((CpuStorage::F32(out), lg.shape().clone()))
     }
 

@@ -5,7 +5,7 @@
 /// Cephes' `expf`: the argument is reduced by multiples of ln 2 and a polynomial of degree 5 does the rest. Unlike
 /// `f32::exp` it has no call and no branch, so a loop over it is vectorised.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
     let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
     let r = n.mul_add(-0.693_359_4, clamped);
@@ -23,7 +23,7 @@ pub(super) fn exp(x: f32) -> f32 {
 
 /// Σ aᵢ bᵢ, in eight partial sums.
 #[inline(always)]
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
     let ((a8, a_rest), (b8, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
     let tail: f32 = a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum();
     dot_chunks(a8, b8) + tail
@@ -66,17 +66,9 @@ fn add_up(lanes: [f32; 8]) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
-/// `y += a x`.
-#[inline(always)]
-pub(super) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y = x.mul_add(a, *y);
-    }
-}
-
 /// The largest element; -inf of nothing.
 #[inline(always)]
-pub(super) fn max(x: &[f32]) -> f32 {
+pub(crate) fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; 8];
     let chunks = x.chunks_exact(8);
     let mut largest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -93,7 +85,7 @@ pub(super) fn max(x: &[f32]) -> f32 {
 
 /// Replaces `x` by its softmax. Returns the largest element and the sum that it was divided by.
 #[inline(always)]
-pub(super) fn softmax(x: &mut [f32]) -> (f32, f32) {
+pub(crate) fn softmax(x: &mut [f32]) -> (f32, f32) {
     let largest = max(x);
     for v in x.iter_mut() {
         *v = exp(*v - largest);
@@ -108,7 +100,7 @@ pub(super) fn softmax(x: &mut [f32]) -> (f32, f32) {
 
 /// Σ xᵢ, in eight partial sums.
 #[inline(always)]
-pub(super) fn sum(x: &[f32]) -> f32 {
+pub(crate) fn sum(x: &[f32]) -> f32 {
     let mut lanes = [0f32; 8];
     let (chunks, rest) = x.as_chunks::<8>();
     for chunk in chunks {

@@ -97,7 +97,7 @@ pub struct Running<'a> {
 
 impl<'a> Running<'a> {
     pub fn new(llama: &'a Llama, adapter: Option<&'a Adapter>, rows: usize) -> Result<Self> {
-        let cache = KvCache::new(llama.config(), 1024, llama.dtype(), llama.device())?;
+        let cache = KvCache::new(llama, 1024)?;
         let rows = vec![(BlockTable::default(), 0); rows];
         Ok(Self {
             llama,
@@ -122,6 +122,8 @@ impl<'a> Running<'a> {
             })
             .collect();
         let logits = self.llama.forward(&segments, &mut self.cache, self.adapter)?;
+        let shape = (more.len(), self.llama.config().vocab_size);
+        let logits = Tensor::from_slice(logits, shape, &Device::Cpu)?;
         for (row, tokens) in more {
             self.rows[*row].1 += tokens.len();
         }

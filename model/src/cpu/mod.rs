@@ -1,0 +1,16 @@
+//! The CPU path: f32 in plain slices, weights and cache in panels of sixteen, one inner loop for all products.
+//!
+//! It runs where the weights are frozen f32 in main memory. Other devices and dtypes, and weights that are trained
+//! themselves, run candle's operations (`network/block.rs`); both give the same logits.
+
+mod attention;
+mod cache;
+mod matrix;
+mod panel;
+mod workspace;
+
+pub(crate) use attention::{Span, attend};
+pub(crate) use cache::HostCache;
+pub(crate) use matrix::{PackedMatrix, Product, multiply, product};
+pub(crate) use panel::{Output, Rows};
+pub(crate) use workspace::Workspace;

@@ -1,0 +1,271 @@
+//! A forward pass on the CPU path: slices, panels, and buffers that are kept from pass to pass.
+
+use rayon::prelude::*;
+
+use super::block::Block;
+use super::linear::Linear;
+use super::{Llama, Segment};
+use crate::ModelError;
+use crate::cpu::{HostCache, Output, Product, Rows, Span, Workspace, attend, multiply};
+use crate::lora::{Adapter, LinearKind};
+use crate::ops::{self, host_floats};
+
+/// What the layers of one pass share.
+pub(super) struct HostPass<'a> {
+    /// All new tokens, packed.
+    pub tokens: &'a [u32],
+    /// The position of each in its sequence.
+    pub positions: &'a [u32],
+    pub spans: &'a [Span<'a>],
+    pub adapter: Option<&'a Adapter>,
+}
+
+/// Where the new tokens of every segment lie among the packed rows.
+pub(super) fn spans<'a>(segments: &[Segment<'a>]) -> Vec<Span<'a>> {
+    let mut row = 0;
+    let span = |segment: &Segment<'a>| {
+        let span = Span {
+            row,
+            rows: segment.tokens.len(),
+            start: segment.start,
+            blocks: segment.table.blocks(),
+        };
+        row += span.rows;
+        span
+    };
+    segments.iter().map(span).collect()
+}
+
+impl Llama {
+    /// Fills `logits` with what follows each span's last token, `[spans, vocab]`.
+    pub(super) fn forward_host(
+        &self,
+        pass: &HostPass,
+        cache: &mut HostCache,
+        work: &mut Workspace,
+        logits: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let hidden = self.config.hidden_size;
+        let embeddings = host_floats(&self.embed_tokens)?;
+        work.x.clear();
+        for &token in pass.tokens {
+            work.x
+                .extend_from_slice(&embeddings[token as usize * hidden..][..hidden]);
+        }
+        for (layer, block) in self.blocks.iter().enumerate() {
+            self.attention_host(block, layer, pass, cache, work)?;
+            feed_forward(block, layer, pass, work)?;
+        }
+        let norm = host_floats(&self.norm)?;
+        work.normed.resize(pass.spans.len() * hidden, 0.0);
+        for (span, out) in pass.spans.iter().zip(work.normed.chunks_exact_mut(hidden)) {
+            let last = span.row + span.rows - 1;
+            ops::rms_norm_row(
+                &work.x[last * hidden..][..hidden],
+                &norm,
+                self.config.rms_norm_eps as f32,
+                out,
+            );
+        }
+        let Some(head) = self.lm_head.packed() else {
+            unreachable!("a model on the CPU path has packed weights");
+        };
+        logits.resize(pass.spans.len() * self.config.vocab_size, 0.0);
+        // SAFETY: `multiply` shares out columns, and `logits` is read only when it has returned.
+        let out = unsafe { Output::shared(logits, self.config.vocab_size) };
+        let product = Product {
+            matrix: head,
+            out,
+            accumulate: false,
+        };
+        multiply(rows(&work.normed, hidden), pass.spans.len(), &[product]);
+        Ok(())
+    }
+
+    /// `x += attention(norm(x))`.
+    fn attention_host(
+        &self,
+        block: &Block,
+        layer: usize,
+        pass: &HostPass,
+        cache: &mut HostCache,
+        work: &mut Workspace,
+    ) -> Result<(), ModelError> {
+        let (shape, hidden) = (block.shape, self.config.hidden_size);
+        normalise(&work.x, &host_floats(&block.input_norm)?, block.eps, &mut work.normed);
+        let x = rows(&work.normed, hidden);
+        let wanted = [
+            (LinearKind::QProj, &mut work.q),
+            (LinearKind::KProj, &mut work.k),
+            (LinearKind::VProj, &mut work.v),
+        ];
+        linears(block, layer, pass, x, wanted, &mut work.low)?;
+        if let Some((q_norm, k_norm)) = &block.qk_norms {
+            for (heads, norm) in [(&mut work.q, q_norm), (&mut work.k, k_norm)] {
+                let norm = host_floats(norm)?;
+                by_rows(heads, shape.head_dim, |_, head| {
+                    ops::rms_norm_in_place(head, &norm, block.eps as f32)
+                });
+            }
+        }
+        for (heads, width) in [(&mut work.q, shape.q_width()), (&mut work.k, shape.kv_width())] {
+            by_rows(heads, width, |row, heads| {
+                self.rope.turn(heads, pass.positions[row], 1.0)
+            });
+        }
+        let cache = &mut cache.layers[layer];
+        for span in pass.spans {
+            for i in 0..span.rows {
+                let at = (span.row + i) * shape.kv_width()..(span.row + i + 1) * shape.kv_width();
+                cache.write(span.blocks, span.start + i, &work.k[at.clone()], &work.v[at]);
+            }
+        }
+        work.mixed.resize(work.q.len(), 0.0);
+        attend(&work.q, cache, pass.spans, shape, &mut work.mixed);
+        let x = rows(&work.mixed, shape.q_width());
+        add_linear(block, LinearKind::OProj, layer, pass, x, &mut work.x, &mut work.low)
+    }
+}
+
+/// `x += feed_forward(norm(x))`.
+fn feed_forward(block: &Block, layer: usize, pass: &HostPass, work: &mut Workspace) -> Result<(), ModelError> {
+    let norm = host_floats(&block.post_attention_norm)?;
+    normalise(&work.x, &norm, block.eps, &mut work.normed);
+    let x = rows(&work.normed, norm.len());
+    let wanted = [
+        (LinearKind::GateProj, &mut work.gate),
+        (LinearKind::UpProj, &mut work.up),
+    ];
+    linears(block, layer, pass, x, wanted, &mut work.low)?;
+    let width = work.gate.len() / pass.tokens.len();
+    let up = &work.up;
+    by_rows(&mut work.gate, width, |row, gate| {
+        ops::swiglu_in_place(gate, &up[row * width..][..width])
+    });
+    let x = rows(&work.gate, width);
+    add_linear(block, LinearKind::DownProj, layer, pass, x, &mut work.x, &mut work.low)
+}
+
+/// Several linear layers of the same input, side by side, each into its own buffer.
+fn linears<const N: usize>(
+    block: &Block,
+    layer: usize,
+    pass: &HostPass,
+    x: Rows,
+    mut wanted: [(LinearKind, &mut Vec<f32>); N],
+    low: &mut Vec<f32>,
+) -> Result<(), ModelError> {
+    let tokens = pass.tokens.len();
+    let mut products = Vec::with_capacity(N);
+    for (kind, out) in &mut wanted {
+        let linear = &block.linears[*kind as usize];
+        let matrix = packed(linear);
+        let width = matrix.shape().0;
+        out.resize(tokens * width, 0.0);
+        if let Some(bias) = &linear.bias {
+            let bias = host_floats(bias)?;
+            out.chunks_exact_mut(width).for_each(|row| row.copy_from_slice(&bias));
+        }
+        products.push(Product {
+            matrix,
+            // SAFETY: each product has a buffer of its own, `multiply` shares out its columns, and it is read only when
+            // that has returned.
+            out: unsafe { Output::shared(out, width) },
+            accumulate: linear.bias.is_some(),
+        });
+    }
+    multiply(x, tokens, &products);
+    for (kind, out) in wanted {
+        add_low_rank(kind, layer, pass, x, out, low)?;
+    }
+    Ok(())
+}
+
+/// `sum += linear(x)`; the layers that end a residual branch have no bias.
+fn add_linear(
+    block: &Block,
+    kind: LinearKind,
+    layer: usize,
+    pass: &HostPass,
+    x: Rows,
+    sum: &mut [f32],
+    low: &mut Vec<f32>,
+) -> Result<(), ModelError> {
+    let matrix = packed(&block.linears[kind as usize]);
+    let product = Product {
+        matrix,
+        // SAFETY: `multiply` shares out columns, and `sum` is read only when it has returned.
+        out: unsafe { Output::shared(sum, matrix.shape().0) },
+        accumulate: true,
+    };
+    multiply(x, pass.tokens.len(), &[product]);
+    add_low_rank(kind, layer, pass, x, sum, low)
+}
+
+/// `sum += scale * B A x` where the adapter changes this layer.
+fn add_low_rank(
+    kind: LinearKind,
+    layer: usize,
+    pass: &HostPass,
+    x: Rows,
+    sum: &mut [f32],
+    low: &mut Vec<f32>,
+) -> Result<(), ModelError> {
+    let Some((adapter, pair)) = pass.adapter.and_then(|a| Some((a, a.pair(layer, kind)?))) else {
+        return Ok(());
+    };
+    let (pair, tokens) = (pair.packed()?, pass.tokens.len());
+    let (rank, _) = pair.a.shape();
+    low.resize(tokens * rank, 0.0);
+    let product = Product {
+        matrix: &pair.a,
+        // SAFETY: read only when `multiply` has returned.
+        out: unsafe { Output::shared(low, rank) },
+        accumulate: false,
+    };
+    multiply(x, tokens, &[product]);
+    let scale = adapter.config().scale() as f32;
+    low.iter_mut().for_each(|v| *v *= scale);
+    let product = Product {
+        matrix: &pair.b,
+        // SAFETY: as above.
+        out: unsafe { Output::shared(sum, pair.b.shape().0) },
+        accumulate: true,
+    };
+    multiply(rows(low, rank), tokens, &[product]);
+    Ok(())
+}
+
+fn packed(linear: &Linear) -> &crate::cpu::PackedMatrix {
+    match linear.weight.packed() {
+        Some(weight) => weight,
+        None => unreachable!("a model on the CPU path has packed weights"),
+    }
+}
+
+fn rows(data: &[f32], stride: usize) -> Rows<'_> {
+    Rows { data, stride }
+}
+
+fn normalise(x: &[f32], w: &[f32], eps: f64, out: &mut Vec<f32>) {
+    out.resize(x.len(), 0.0);
+    let width = w.len();
+    by_rows(out, width, |row, out| {
+        ops::rms_norm_row(&x[row * width..][..width], w, eps as f32, out)
+    });
+}
+
+/// Calls `f` with the number and the elements of every row, on several threads where that is worth their waking.
+fn by_rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+    /// Elements that a thread takes at once.
+    const AT_ONCE: usize = 1 << 15;
+    if data.len() <= AT_ONCE {
+        return data.chunks_exact_mut(width).enumerate().for_each(|(i, row)| f(i, row));
+    }
+    let rows = AT_ONCE.div_ceil(width);
+    data.par_chunks_mut(rows * width).enumerate().for_each(|(part, data)| {
+        for (i, row) in data.chunks_exact_mut(width).enumerate() {
+            f(part * rows + i, row);
+        }
+    });
+}

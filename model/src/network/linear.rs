@@ -1,0 +1,73 @@
+//! A linear layer's weight, in the form that its products read.
+
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::cpu::PackedMatrix;
+use crate::ops;
+
+/// A weight `[out, in]` and a bias `[out]`.
+#[derive(Debug, Clone)]
+pub(super) struct Linear {
+    pub weight: Weight,
+    pub bias: Option<Tensor>,
+}
+
+/// A weight `[out, in]`.
+#[derive(Debug, Clone)]
+pub(super) enum Weight {
+    /// Frozen, f32, in main memory.
+    Packed(Arc<PackedMatrix>),
+    /// Trained itself, or of another dtype or on another device.
+    Plain(Tensor),
+}
+
+impl Weight {
+    /// Packs the weight where the CPU path can run it.
+    pub fn new(weight: Tensor) -> Result<Self> {
+        if !ops::has_kernel(&weight) || weight.is_variable() {
+            return Ok(Self::Plain(weight));
+        }
+        let (out, input) = weight.dims2()?;
+        let weight = weight.contiguous()?;
+        let packed = PackedMatrix::pack(&ops::host_floats(&weight)?, out, input);
+        Ok(Self::Packed(Arc::new(packed)))
+    }
+
+    /// `x wᵀ`.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Packed(weight) => ops::packed_linear(x, weight),
+            Self::Plain(weight) => ops::linear(x, weight, None),
+        }
+    }
+
+    /// The weight with `delta` (`[out, in]`, f32) added, in its own dtype.
+    pub fn add(&self, delta: &Tensor) -> Result<Self> {
+        let weight = match self {
+            Self::Packed(packed) => Tensor::from_vec(packed.unpack(), packed.shape(), &Device::Cpu)?,
+            Self::Plain(weight) => weight.clone(),
+        };
+        let sum = (weight.to_dtype(DType::F32)? + delta)?;
+        Self::new(sum.to_dtype(weight.dtype())?.detach())
+    }
+
+    pub fn packed(&self) -> Option<&Arc<PackedMatrix>> {
+        match self {
+            Self::Packed(weight) => Some(weight),
+            Self::Plain(_) => None,
+        }
+    }
+}
+
+impl Linear {
+    /// `x wᵀ + bias`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let y = self.weight.product(x)?;
+        match &self.bias {
+            Some(bias) => y.broadcast_add(bias),
+            None => Ok(y),
+        }
+    }
+}
