@@ -10,7 +10,7 @@ use clap::Args;
 use lengthwise_core::RequestId;
 use lengthwise_decoder::{EngineConfig, LocalDecoder};
 use lengthwise_model::{Adapter, LoadedModel};
-use lengthwise_scheduler::{AdmissionOrder, ScheduleConfig, Strategy};
+use lengthwise_scheduler::{AdmissionOrder, CostModel, ScheduleConfig, Strategy};
 use lengthwise_train::files::{LengthRecord, read_lengths};
 
 /// How requests are scheduled.
@@ -34,11 +34,42 @@ pub struct ScheduleArgs {
     /// Order in which the continuous mode admits: fcfs, sjf or ljf (by predicted length)
     #[arg(long, default_value = "ljf")]
     pub order: AdmissionOrder,
+    /// What plans the batches of strategies that sort: `published` rules (see --vbs, --fcr), or `cost`, a model of this
+    /// device's speed, measured once, which chooses batch sizes and stopping lengths; several with commas in bench
+    /// and simulate
+    #[arg(long, value_delimiter = ',', default_value = "published")]
+    pub planner: Vec<PlannerChoice>,
+}
+
+/// What plans the batches of strategies that sort.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum PlannerChoice {
+    /// The published rules.
+    Published,
+    /// A cost model of this device.
+    Cost,
 }
 
 impl ScheduleArgs {
-    /// The schedule of one strategy.
-    pub fn config(&self, strategy: Strategy) -> ScheduleConfig {
+    /// Whether a cost model is needed.
+    pub fn wants_cost(&self, strategies: &[Strategy]) -> bool {
+        self.planner.contains(&PlannerChoice::Cost) && strategies.iter().any(|s| s.sorts())
+    }
+
+    /// The schedules of one strategy: one for each planner where it sorts. `cost` is there where
+    /// [`ScheduleArgs::wants_cost`] says so.
+    pub fn configs(&self, strategy: Strategy, cost: Option<CostModel>) -> Vec<ScheduleConfig> {
+        let planned = |planner: &PlannerChoice| match planner {
+            PlannerChoice::Published => self.config(strategy),
+            PlannerChoice::Cost => self.config(strategy).planned_by(cost),
+        };
+        match strategy.sorts() {
+            true => self.planner.iter().map(planned).collect(),
+            false => vec![self.config(strategy)],
+        }
+    }
+
+    fn config(&self, strategy: Strategy) -> ScheduleConfig {
         ScheduleConfig {
             batch_size: self.batch_size,
             group_size: self.group_size,

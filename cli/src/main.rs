@@ -2,6 +2,7 @@
 
 mod args;
 mod commands;
+mod cost;
 mod device;
 mod error;
 mod inputs;

@@ -15,12 +15,13 @@ pub struct Table {
 impl Table {
     /// The results of strategies. Columns that no row has a value for are left out.
     pub fn strategies(rows: &[StrategyRow]) -> Self {
-        let columns: [Column<StrategyRow>; 9] = [
+        let columns: [Column<StrategyRow>; 10] = [
             ("strategy", |r| Some(strategy_name(r))),
             ("slots", |r| Some(r.batch_size.to_string())),
             ("steps", |r| Some(grouped(r.steps))),
             ("samples/s", |r| r.samples_per_s.map(|rate| format!("{rate:.2}"))),
             ("tokens/s", |r| r.tokens_per_s.map(|rate| grouped(rate.round() as u64))),
+            ("modelled s", |r| r.modelled_seconds.map(|s| format!("{s:.1}"))),
             ("avg. length", |r| Some(format!("{:.2}", r.average_length))),
             ("effective", |r| Some(percent(r.effective_token_ratio))),
             ("failures", |r| Some(percent(r.failure_ratio))),
@@ -97,6 +98,10 @@ type Column<R> = (&'static str, fn(&R) -> Option<String>);
 fn speed_up(first: &StrategyRow, row: &StrategyRow) -> f64 {
     match (first.samples_per_s, row.samples_per_s) {
         (Some(base), Some(rate)) => rate / base,
+        _ if first.modelled_seconds.is_some() => {
+            let seconds = |row: &StrategyRow| row.modelled_seconds.unwrap_or(f64::NAN);
+            seconds(first) / seconds(row)
+        }
         _ => first.steps as f64 / row.steps.max(1) as f64,
     }
 }
@@ -105,10 +110,11 @@ fn speed_up(first: &StrategyRow, row: &StrategyRow) -> f64 {
 pub fn strategy_name(row: &StrategyRow) -> String {
     let extra = |on, name| if on { name } else { "" };
     format!(
-        "{}{}{}",
+        "{}{}{}{}",
         row.strategy,
         extra(row.vbs, " + vbs"),
-        extra(row.fcr, " + fcr")
+        extra(row.fcr, " + fcr"),
+        extra(row.cost_model, " + cost")
     )
 }
 

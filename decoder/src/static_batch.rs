@@ -164,4 +164,8 @@ impl BatchExecutor for StaticExecutor<'_> {
         }
         Ok(run)
     }
+
+    fn resumes(&self) -> bool {
+        true
+    }
 }

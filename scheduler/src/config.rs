@@ -61,7 +61,7 @@ impl FromStr for Strategy {
 }
 
 /// How requests are scheduled; the defaults are the published ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct ScheduleConfig {
     /// The strategy.
     pub strategy: Strategy,
@@ -79,6 +79,8 @@ pub struct ScheduleConfig {
     pub bucket: u32,
     /// Order in which the continuous mode admits.
     pub order: crate::AdmissionOrder,
+    /// Plan batches by what they cost on this device instead of by the published rules.
+    pub cost: Option<crate::CostModel>,
 }
 
 impl ScheduleConfig {
@@ -93,6 +95,7 @@ impl ScheduleConfig {
             max_new_tokens: 512,
             bucket: 50,
             order: crate::AdmissionOrder::LongestFirst,
+            cost: None,
         }
     }
 
@@ -107,6 +110,16 @@ impl ScheduleConfig {
         self.vbs = vbs && self.strategy.sorts();
         self.fcr = fcr && self.strategy.sorts();
         self
+    }
+
+    /// The same planned by a cost model where the strategy sorts: it chooses batch sizes and stopping lengths.
+    #[must_use]
+    pub fn planned_by(mut self, cost: Option<crate::CostModel>) -> Self {
+        self.cost = cost.filter(|_| self.strategy.sorts());
+        match self.cost {
+            Some(_) => self.with(false, true),
+            None => self,
+        }
     }
 }
 

@@ -1,9 +1,10 @@
 //! Running the batches of a plan, and collecting and recomputing what fails: one driver for real and simulated work.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use lengthwise_core::RequestId;
 
+use crate::planner::Planner;
 use crate::{Job, PlannedBatch, ScheduleConfig, StrategyStats, plan_group};
 
 /// What became of a request in a batch.
@@ -40,6 +41,11 @@ pub trait BatchExecutor {
     /// # Errors
     /// The executor's own.
     fn run_batch(&mut self, batch: &PlannedBatch) -> Result<BatchRun, Self::Error>;
+
+    /// Whether a request that was stopped goes on from where it was; a planner reckons with it.
+    fn resumes(&self) -> bool {
+        false
+    }
 }
 
 /// Why a schedule could not be run to its end.
@@ -89,7 +95,7 @@ pub enum DriverError<E> {
 }
 
 /// Runs jobs group by group. Requests that had not ended when their batch stopped are collected and run to the cap at
-/// the end of their group, in batches of the config's size.
+/// the end of their group, in batches of the config's size or, with a cost model, as it plans them.
 ///
 /// # Errors
 /// Two jobs have the same id (before anything is run); the executor failed, lost a request or miscounted.
@@ -100,21 +106,12 @@ pub fn run_groups<X: BatchExecutor>(
 ) -> Result<StrategyStats, DriverError<X::Error>> {
     check_unique(jobs.iter().map(|job| &job.id))?;
     let mut stats = StrategyStats::default();
+    let cost = config.cost.filter(|_| config.strategy.sorts());
+    let mut planner = cost.map(|cost| Planner::new(cost, config, executor.resumes()));
     for group in jobs.chunks(config.group_size.get()) {
-        let mut failed = Vec::new();
-        for batch in plan_group(group, config) {
-            failed.extend(run_checked(&batch, config.cap(), executor, &mut stats)?);
-        }
-        stats.failures += failed.len() as u64;
-        for ids in failed.chunks(config.batch_size.get()) {
-            let batch = PlannedBatch {
-                ids: ids.to_vec(),
-                stop_at: config.cap(),
-            };
-            let stopped = run_checked(&batch, config.cap(), executor, &mut stats)?;
-            if let Some(id) = stopped.into_iter().next() {
-                return Err(DriverError::Unfinished { id, cap: config.cap() });
-            }
+        let ran = run_group(group, config, planner.as_ref(), executor, &mut stats)?;
+        if let Some(planner) = &mut planner {
+            planner.observe(group, &ran);
         }
         // Only whole groups add up: a resumed batch answers with tokens that an earlier one computed.
         let (useful, computed) = (stats.useful_tokens, stats.slot_steps);
@@ -123,6 +120,45 @@ pub fn run_groups<X: BatchExecutor>(
         }
     }
     Ok(stats)
+}
+
+/// Runs one group and then what failed of it. Returns the length of every answer.
+fn run_group<X: BatchExecutor>(
+    group: &[Job],
+    config: &ScheduleConfig,
+    planner: Option<&Planner>,
+    executor: &mut X,
+    stats: &mut StrategyStats,
+) -> Result<HashMap<RequestId, u32>, DriverError<X::Error>> {
+    let cap = config.cap();
+    let mut lengths = HashMap::new();
+    let mut failed = Vec::new();
+    let batches = planner.map_or_else(|| plan_group(group, config), |planner| planner.plan(group));
+    for batch in batches {
+        let stopped = run_checked(&batch, cap, executor, stats, &mut lengths)?;
+        failed.extend(stopped.into_iter().map(|id| (id, batch.stop_at)));
+    }
+    stats.failures += failed.len() as u64;
+    let rest = match planner {
+        Some(planner) => planner.plan_rest(group, &failed),
+        None => to_the_cap(&failed, config),
+    };
+    for batch in rest {
+        let stopped = run_checked(&batch, cap, executor, stats, &mut lengths)?;
+        if let Some(id) = stopped.into_iter().next() {
+            return Err(DriverError::Unfinished { id, cap });
+        }
+    }
+    Ok(lengths)
+}
+
+/// Failures in the order collected, as published.
+fn to_the_cap(failed: &[(RequestId, u32)], config: &ScheduleConfig) -> Vec<PlannedBatch> {
+    let batch = |failed: &[(RequestId, u32)]| PlannedBatch {
+        ids: failed.iter().map(|(id, _)| id.clone()).collect(),
+        stop_at: config.cap(),
+    };
+    failed.chunks(config.batch_size.get()).map(batch).collect()
 }
 
 /// That no id occurs twice.
@@ -136,12 +172,13 @@ pub(crate) fn check_unique<'a, E>(ids: impl Iterator<Item = &'a RequestId>) -> R
     Ok(())
 }
 
-/// Runs a batch, adds it to `stats` and returns the requests that were stopped.
+/// Runs a batch, adds it to `stats` and its answers to `lengths`, and returns the requests that were stopped.
 fn run_checked<X: BatchExecutor>(
     batch: &PlannedBatch,
     cap: u32,
     executor: &mut X,
     stats: &mut StrategyStats,
+    lengths: &mut HashMap<RequestId, u32>,
 ) -> Result<Vec<RequestId>, DriverError<X::Error>> {
     let run = executor.run_batch(batch).map_err(DriverError::Executor)?;
     stats.steps += u64::from(run.steps);
@@ -160,6 +197,7 @@ fn run_checked<X: BatchExecutor>(
             Outcome::Finished { tokens } => {
                 stats.requests += 1;
                 stats.useful_tokens += u64::from(*tokens);
+                lengths.insert(id.clone(), *tokens);
             }
             Outcome::Stopped => stopped.push(id.clone()),
         }
@@ -174,7 +212,6 @@ fn run_checked<X: BatchExecutor>(
 mod tests {
     use super::*;
     use crate::Strategy;
-    use std::collections::HashMap;
     use std::convert::Infallible;
     use std::num::NonZeroUsize;
 

@@ -2,14 +2,18 @@
 
 mod admission;
 mod config;
+mod cost;
 mod driver;
 mod plan;
+mod planner;
+mod residuals;
 mod simulate;
 mod stats;
 
 pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Waiting};
 pub use config::{ScheduleConfig, Strategy};
+pub use cost::{CostModel, CostPoint};
 pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};
 pub use plan::{Job, PlannedBatch, plan_group};
-pub use simulate::{SimulatedRequest, simulate};
+pub use simulate::{PROMPT_TOKENS, Simulated, SimulatedRequest, simulate};
 pub use stats::{StrategyReport, StrategyRow, StrategyStats};

@@ -7,8 +7,8 @@ use std::convert::Infallible;
 use lengthwise_core::RequestId;
 
 use crate::{
-    AdmissionQueue, BatchExecutor, BatchRun, DriverError, Job, Outcome, PlannedBatch, ScheduleConfig, Strategy,
-    StrategyStats, Waiting, driver::check_unique, run_groups,
+    AdmissionQueue, BatchExecutor, BatchRun, CostModel, DriverError, Job, Outcome, PlannedBatch, ScheduleConfig,
+    Strategy, StrategyStats, Waiting, driver::check_unique, run_groups,
 };
 
 /// A request whose answer's length is known.
@@ -22,14 +22,29 @@ pub struct SimulatedRequest {
     pub predicted: u32,
 }
 
+/// What a simulated run came to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Simulated {
+    /// Counted as in a real run.
+    pub stats: StrategyStats,
+    /// Seconds that the cost model says it takes; 0 without one. Prompts are reckoned at [`PROMPT_TOKENS`] tokens.
+    pub seconds: f64,
+}
+
+/// Tokens that a prompt is reckoned to have where only lengths of answers are known.
+pub const PROMPT_TOKENS: f64 = 64.0;
+
 /// What the strategy costs on these requests, in the order given. A failure is recomputed from its first token.
+///
+/// - `clock`: tells the seconds; the plan follows the config alone
 ///
 /// # Errors
 /// Two requests have the same id.
 pub fn simulate(
     requests: &[SimulatedRequest],
     config: &ScheduleConfig,
-) -> Result<StrategyStats, DriverError<Infallible>> {
+    clock: Option<CostModel>,
+) -> Result<Simulated, DriverError<Infallible>> {
     check_unique(requests.iter().map(|r| &r.id))?;
     let cap = config.cap();
     let lengths = requests
@@ -37,7 +52,15 @@ pub fn simulate(
         .map(|r| (r.id.clone(), r.actual.clamp(1, cap)))
         .collect();
     if config.strategy == Strategy::Continuous {
-        return Ok(continuous(requests, &lengths, config));
+        let stats = continuous(requests, &lengths, config);
+        let prompts = clock.map_or(0.0, |c| stats.requests as f64 * PROMPT_TOKENS * c.prompt_token);
+        let mean = stats.useful_tokens as f64 / stats.requests.max(1) as f64;
+        let context = PROMPT_TOKENS + mean / 2.0;
+        let step = clock.map_or(0.0, |c| c.decode_step(config.batch_size.get() as f64, context));
+        return Ok(Simulated {
+            stats,
+            seconds: stats.steps as f64 * step + prompts,
+        });
     }
     let jobs: Vec<Job> = requests
         .iter()
@@ -46,18 +69,36 @@ pub fn simulate(
             predicted: r.predicted,
         })
         .collect();
-    run_groups(&jobs, config, &mut KnownLengths(lengths))
+    let mut known = KnownLengths {
+        lengths,
+        clock,
+        seconds: 0.0,
+    };
+    let stats = run_groups(&jobs, config, &mut known)?;
+    Ok(Simulated {
+        stats,
+        seconds: known.seconds,
+    })
 }
 
-struct KnownLengths(HashMap<RequestId, u32>);
+struct KnownLengths {
+    lengths: HashMap<RequestId, u32>,
+    clock: Option<CostModel>,
+    seconds: f64,
+}
 
 impl BatchExecutor for KnownLengths {
     type Error = Infallible;
 
     fn run_batch(&mut self, batch: &PlannedBatch) -> Result<BatchRun, Infallible> {
-        let length = |id: &RequestId| self.0.get(id).copied().unwrap_or(1);
+        let length = |id: &RequestId| self.lengths.get(id).copied().unwrap_or(1);
         let longest = batch.ids.iter().map(length).max().unwrap_or(0);
         let steps = longest.min(batch.stop_at);
+        if let Some(clock) = self.clock {
+            let (rows, steps) = (batch.ids.len() as f64, f64::from(steps));
+            let prompts = rows * PROMPT_TOKENS * clock.prompt_token;
+            self.seconds += prompts + steps * clock.decode_step(rows, PROMPT_TOKENS + steps / 2.0);
+        }
         let outcome = |id: &RequestId| match length(id) {
             tokens if tokens <= batch.stop_at => Outcome::Finished { tokens },
             _ => Outcome::Stopped,
@@ -130,7 +171,9 @@ mod tests {
     }
 
     fn run(lengths: &[(u32, u32)], config: &ScheduleConfig) -> StrategyStats {
-        simulate(&requests(lengths), config).expect("ids are distinct")
+        simulate(&requests(lengths), config, None)
+            .expect("ids are distinct")
+            .stats
     }
 
     #[test]
@@ -191,7 +234,7 @@ mod tests {
         for strategy in Strategy::ALL {
             let mut twice = requests(&[(10, 10), (20, 20)]);
             twice[1].id = twice[0].id.clone();
-            let result = simulate(&twice, &config(strategy, 1));
+            let result = simulate(&twice, &config(strategy, 1), None);
             assert!(matches!(result, Err(DriverError::DuplicateId { .. })), "{strategy}");
         }
     }

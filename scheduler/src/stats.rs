@@ -48,6 +48,7 @@ impl StrategyStats {
             strategy: config.strategy.name().to_owned(),
             vbs: config.vbs,
             fcr: config.fcr,
+            cost_model: config.cost.is_some(),
             batch_size: config.batch_size.get(),
             requests: self.requests,
             steps: self.steps,
@@ -58,6 +59,7 @@ impl StrategyStats {
             effective_token_ratio: self.effective_token_ratio(),
             failure_ratio: self.failure_ratio(),
             wasted_tokens: self.wasted_tokens(),
+            modelled_seconds: None,
         }
     }
 }
@@ -69,6 +71,9 @@ pub struct StrategyRow {
     pub strategy: String,
     pub vbs: bool,
     pub fcr: bool,
+    /// Planned by a cost model instead of the published rules; left out where not.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub cost_model: bool,
     pub batch_size: usize,
     pub requests: u64,
     pub steps: u64,
@@ -79,6 +84,9 @@ pub struct StrategyRow {
     pub effective_token_ratio: f64,
     pub failure_ratio: f64,
     pub wasted_tokens: u64,
+    /// What a cost model says that a simulated run takes; left out where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub modelled_seconds: Option<f64>,
 }
 
 /// The results of several strategies.

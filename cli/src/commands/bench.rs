@@ -16,6 +16,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::args::Global;
+use crate::cost::cost_model;
 use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
 use crate::output::{print, print_json};
 use crate::predictions::{PredictionArgs, ask, disturb, from_file, look_up, parse_noise, predictor_for};
@@ -74,19 +75,20 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
     let mut decoder = local_decoder(&model, None, args.schedule.batch_size, args.cache.engine())?;
     let workload = workload(global, args, &decoder)?;
     warm_up(&mut decoder, &workload)?;
+    let cost = match args.schedule.wants_cost(&args.strategy) {
+        true => Some(cost_model(&model, args.cache.engine())?),
+        false => None,
+    };
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
         let began = Instant::now();
         let predicted = predict(global, args, &model, &workload, strategy)?;
         let seconds = began.elapsed().as_secs_f64();
-        let config = args.schedule.config(strategy);
-        report.strategies.push(time_strategy(
-            &mut decoder,
-            &workload.sequences,
-            &predicted,
-            &config,
-            seconds,
-        )?);
+        for config in args.schedule.configs(strategy, cost) {
+            let sequences = &workload.sequences;
+            let row = time_strategy(&mut decoder, sequences, &predicted, &config, seconds)?;
+            report.strategies.push(row);
+        }
     }
     match global.json {
         true => print_json(&report),

@@ -4,14 +4,15 @@ use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{DecodeError, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, run_strategy};
-use lengthwise_scheduler::{Strategy, StrategyReport, StrategyStats};
+use lengthwise_scheduler::{CostModel, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
 use crate::args::Global;
+use crate::cost::cost_model;
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::print_json;
 use crate::predictions::{PredictionArgs, ask, from_file, predictor_for};
@@ -57,6 +58,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let waiting: Vec<&InstructionRecord> = records.iter().filter(|r| !lines.contains_key(&r.id)).collect();
     let began = Instant::now();
     let mut stats = StrategyStats::default();
+    let mut config = schedule(args, None)?;
     if !waiting.is_empty() {
         let mut decoder = local_decoder(
             &global.open_model()?,
@@ -65,7 +67,10 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             args.cache.engine(),
         )?;
         let requests = requests(global, args, &waiting, &decoder)?;
-        stats = decode(args, &waiting, requests, &mut decoder, &mut |id, line| {
+        if args.schedule.wants_cost(&[args.strategy]) {
+            config = schedule(args, Some(cost_model(decoder.model(), args.cache.engine())?))?;
+        }
+        stats = decode(&config, &waiting, requests, &mut decoder, &mut |id, line| {
             journal.push(&line).map_err(DecodeError::sink)?;
             lines.insert(id, line);
             Ok(())
@@ -79,10 +84,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             + "\n")
     });
     journal.finish(&text.collect::<anyhow::Result<String>>()?)?;
-    let row = stats.row(
-        &args.schedule.config(args.strategy),
-        Some(began.elapsed().as_secs_f64()),
-    );
+    let row = stats.row(&config, Some(began.elapsed().as_secs_f64()));
     tracing::info!("{} answers written to {}", records.len(), args.output.display());
     match global.json {
         true => print_json(&StrategyReport { strategies: vec![row] }),
@@ -146,9 +148,17 @@ fn requests(
         .collect())
 }
 
+/// The one schedule that the flags ask for.
+fn schedule(args: &GenerateArgs, cost: Option<CostModel>) -> anyhow::Result<ScheduleConfig> {
+    match args.schedule.configs(args.strategy, cost).as_slice() {
+        [config] => Ok(*config),
+        _ => bail!("generate runs one schedule: give --planner one name"),
+    }
+}
+
 /// Decodes the requests and hands over each answer as a line of the output.
 fn decode(
-    args: &GenerateArgs,
+    config: &ScheduleConfig,
     records: &[&InstructionRecord],
     requests: Vec<PredictedRequest>,
     decoder: &mut LocalDecoder,
@@ -159,12 +169,11 @@ fn decode(
         .zip(&requests)
         .map(|(record, r)| (record.id.clone(), (*record, r.request.prompt.len(), r.predicted)))
         .collect();
-    let predicts = args.strategy != Strategy::Vanilla;
-    let config = args.schedule.config(args.strategy);
+    let predicts = config.strategy != Strategy::Vanilla;
     let model = decoder.model().clone();
     let mut bar = Bar::new("generate", requests.len() as u64);
     let (mut done, mut tokens) = (0, 0);
-    let stats = run_strategy(decoder.engine(), requests, &config, &mut |output| {
+    let stats = run_strategy(decoder.engine(), requests, config, &mut |output| {
         (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
         bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
         let Some(&(record, prompt_tokens, predicted)) = by_id.get(&output.id) else {

@@ -8,7 +8,7 @@ mod generate;
 mod label;
 mod predict;
 mod pretrain;
-mod profile;
+pub mod profile;
 mod report;
 mod serve;
 mod simulate;

@@ -48,6 +48,8 @@ pub struct ProfilePoint {
 pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
     let model = global.open_model()?;
     let points = measure(&model, args)?;
+    // The planner's cost model reads it.
+    crate::cost::keep(&model, &points)?;
     if global.json {
         return print_json(&serde_json::json!({"model": model.name, "points": points}));
     }

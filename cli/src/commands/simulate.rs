@@ -5,10 +5,12 @@ use std::path::PathBuf;
 
 use clap::Args;
 use lengthwise_core::RequestId;
-use lengthwise_scheduler::{SimulatedRequest, Strategy, StrategyReport, simulate};
+use lengthwise_decoder::EngineConfig;
+use lengthwise_scheduler::{SimulatedRequest, Strategy, StrategyReport, StrategyRow, simulate};
 use lengthwise_train::files::{LengthRecord, read_lengths};
 
 use crate::args::Global;
+use crate::cost::cost_model;
 use crate::inputs::{ScheduleArgs, actual_length};
 use crate::output::{print, print_json};
 use crate::predictions;
@@ -42,11 +44,20 @@ pub struct SimulateArgs {
 pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
     let mut records = read_lengths(&args.lengths)?;
     records.truncate(args.num.map_or(usize::MAX, NonZeroUsize::get));
+    let cost = match args.schedule.wants_cost(&args.strategy) {
+        true => Some(cost_model(&global.open_model()?, EngineConfig::default())?),
+        false => None,
+    };
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
         let requests = requests(global, args, &records, strategy)?;
-        let config = args.schedule.config(strategy);
-        report.strategies.push(simulate(&requests, &config)?.row(&config, None));
+        for config in args.schedule.configs(strategy, cost) {
+            let simulated = simulate(&requests, &config, cost)?;
+            report.strategies.push(StrategyRow {
+                modelled_seconds: cost.map(|_| simulated.seconds),
+                ..simulated.stats.row(&config, None)
+            });
+        }
     }
     match global.json {
         true => print_json(&report),

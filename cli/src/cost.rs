@@ -1,0 +1,109 @@
+//! The cost model of this model on this device: measured once, then read from the user's cache.
+
+use std::hash::Hasher;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use lengthwise_decoder::{Engine, EngineConfig};
+use lengthwise_model::LoadedModel;
+use lengthwise_scheduler::{CostModel, CostPoint};
+use lengthwise_train::files::write_atomic;
+use serde::{Deserialize, Serialize};
+
+use crate::commands::profile::{ProfilePoint, profile_point};
+use crate::progress::Bar;
+
+/// Batch sizes and contexts that are measured: enough to tell the terms apart, few enough for a minute at most.
+const POINTS: [(usize, usize); 7] = [(1, 32), (1, 256), (4, 128), (8, 32), (16, 32), (16, 128), (32, 96)];
+/// Decode steps timed together at each.
+const STEPS: u32 = 16;
+
+/// A profile as it is kept.
+#[derive(Serialize, Deserialize)]
+struct Profile {
+    cost: CostModel,
+    points: Vec<ProfilePoint>,
+}
+
+/// The cost model, from the cache or measured now and kept there.
+pub fn cost_model(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<CostModel> {
+    let path = path(model);
+    let kept = path.as_deref().and_then(|path| std::fs::read_to_string(path).ok());
+    if let Some(profile) = kept.and_then(|text| serde_json::from_str::<Profile>(&text).ok()) {
+        return Ok(profile.cost);
+    }
+    let points = measure(model, config)?;
+    let cost = fit(&points)?;
+    keep(model, &points)?;
+    Ok(cost)
+}
+
+/// Keeps what was measured of a model for the next time, where it suffices for a cost model.
+pub fn keep(model: &LoadedModel, points: &[ProfilePoint]) -> anyhow::Result<()> {
+    let (Some(path), Ok(cost)) = (path(model), fit(points)) else {
+        return Ok(());
+    };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    }
+    let points = points.to_vec();
+    Ok(write_atomic(
+        &path,
+        &serde_json::to_string_pretty(&Profile { cost, points })?,
+    )?)
+}
+
+fn fit(points: &[ProfilePoint]) -> anyhow::Result<CostModel> {
+    let points: Vec<CostPoint> = points
+        .iter()
+        .map(|p| CostPoint {
+            batch_size: p.batch_size as f64,
+            context: p.context as f64,
+            prefill: p.prefill_ms / 1000.0,
+            step: p.step_ms / 1000.0,
+        })
+        .collect();
+    CostModel::fit(&points).context("the profile has too few points for a cost model: run `lengthwise profile`")
+}
+
+fn measure(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<Vec<ProfilePoint>> {
+    let mut engine = Engine::new(model.network.clone(), None, model.tokenizer.eos().to_vec(), config)?;
+    let mut bar = Bar::new("profile", POINTS.len() as u64);
+    let longest = model
+        .network
+        .config()
+        .max_position_embeddings
+        .saturating_sub(STEPS as usize + 1);
+    let mut points = Vec::new();
+    for (batch_size, context) in POINTS {
+        let context = context.clamp(1, longest.max(1));
+        if batch_size * (context + STEPS as usize + 1) <= engine.cache_tokens() {
+            points.push(profile_point(&mut engine, batch_size, context, STEPS)?);
+        }
+        bar.set(points.len() as u64, |_| {
+            format!("batch {batch_size}, context {context}")
+        });
+    }
+    bar.finish();
+    Ok(points)
+}
+
+/// Where the profile of this model's shape on this device is kept. `None` where the user has no home.
+fn path(model: &LoadedModel) -> Option<PathBuf> {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
+    let network = &model.network;
+    let threads = std::env::var("RAYON_NUM_THREADS").unwrap_or_default();
+    let what = format!(
+        "{:?} {:?} {:?} {threads} {}",
+        network.config(),
+        network.device().location(),
+        network.dtype(),
+        env!("CARGO_PKG_VERSION")
+    );
+    // SipHash with fixed keys: the same name in every run.
+    #[allow(deprecated)]
+    let mut hasher = std::hash::SipHasher::new();
+    hasher.write(what.as_bytes());
+    Some(cache.join(format!("lengthwise/profiles/{:016x}.json", hasher.finish())))
+}
