@@ -161,6 +161,13 @@ fn caught<T>(read: impl FnOnce() -> candle_core::Result<T>) -> candle_core::Resu
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(panicked)
 }
 
+/// Whether a folder has weights in one of the forms that [`Weights::open`] knows, all shards included.
+pub(crate) fn are_in(folder: &Path) -> bool {
+    ["model.safetensors", "pytorch_model.bin"]
+        .into_iter()
+        .any(|name| matches!(files(folder, name), Ok(Some(_))))
+}
+
 /// The file `name` of a folder, or the shards of `name`'s index; `None` where there is neither.
 fn files(folder: &Path, name: &str) -> Result<Option<Vec<PathBuf>>, ModelError> {
     let single = folder.join(name);
