@@ -2,6 +2,7 @@
 
 mod config;
 mod error;
+mod generation;
 mod hub;
 mod kv_cache;
 mod lora;

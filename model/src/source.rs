@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use lengthwise_core::SamplingParams;
 
 use crate::{
     Hub, HubConfig, HubId, Llama, ModelConfig, ModelError, ModelTokenizer, OpenProgress, PromptTemplate, Weights,
@@ -51,6 +52,8 @@ pub struct LoadedModel {
     pub tokenizer: Arc<ModelTokenizer>,
     /// Conversation to text.
     pub template: Arc<PromptTemplate>,
+    /// How tokens are drawn where the user says nothing, by generation_config.json.
+    pub sampling: SamplingParams,
 }
 
 impl LoadedModel {
@@ -69,12 +72,14 @@ impl LoadedModel {
         let config = ModelConfig::from_folder(&folder)?;
         let tokenizer = ModelTokenizer::from_folder(&folder, &config)?;
         let template = PromptTemplate::from_folder(&folder)?;
+        let sampling = crate::generation::sampling(&folder)?;
         let weights = Weights::open(&folder, dtype.resolve(&config, device), device)?;
         Ok(Self {
             name: spec.to_owned(),
             network: Arc::new(Llama::load(&config, &weights, progress)?),
             tokenizer: Arc::new(tokenizer),
             template: Arc::new(template),
+            sampling,
         })
     }
 }
