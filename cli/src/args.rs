@@ -6,6 +6,7 @@ use lengthwise_model::{DTypeChoice, LoadedModel, TINY};
 
 use crate::commands::Command;
 use crate::device::{self, DeviceChoice};
+use crate::progress::OpeningBars;
 
 /// Knows how long a language model's answer will be before it is written, and makes inference faster by it.
 #[derive(Parser)]
@@ -20,7 +21,8 @@ pub struct Cli {
 /// Flags of every command.
 #[derive(Args, Clone)]
 pub struct Global {
-    /// A Hugging Face model folder, a hub id in the local cache, or `tiny`, the bundled model
+    /// A Hugging Face model folder, a model of the hub (org/name or org/name@revision, fetched into the cache that
+    /// HF_HOME or HF_HUB_CACHE names), or `tiny`, the bundled model
     #[arg(long, global = true, default_value = TINY)]
     pub model: String,
     /// cpu, cuda, or cuda:N [default: cuda where built in and present]
@@ -61,6 +63,7 @@ impl Global {
 
     /// The model asked for.
     pub fn open_model(&self) -> anyhow::Result<LoadedModel> {
-        Ok(LoadedModel::open(&self.model, self.dtype, &self.device()?)?)
+        let mut bars = OpeningBars::new();
+        Ok(LoadedModel::open(&self.model, self.dtype, &self.device()?, &mut bars)?)
     }
 }

@@ -141,17 +141,11 @@ impl ModelConfig {
             ModelError::BadConfig { reason } => bad(reason),
             other => other,
         })?;
-        let generation = folder.join("generation_config.json");
-        if let Ok(text) = std::fs::read_to_string(&generation) {
-            let value: Value = serde_json::from_str(&text).map_err(|err| ModelError::BadFile {
-                path: generation,
-                reason: err.to_string(),
-            })?;
-            if let Some(Ok(eos)) = value.get("eos_token_id").map(Eos::deserialize) {
-                config.eos_token_ids.extend(eos.ids());
-                config.eos_token_ids.sort_unstable();
-                config.eos_token_ids.dedup();
-            }
+        let generation = crate::generation::read(folder)?;
+        if let Some(Ok(eos)) = generation.get("eos_token_id").map(Eos::deserialize) {
+            config.eos_token_ids.extend(eos.ids());
+            config.eos_token_ids.sort_unstable();
+            config.eos_token_ids.dedup();
         }
         Ok(config)
     }

@@ -13,6 +13,9 @@ pub enum ModelError {
         /// Where it was looked for.
         reason: String,
     },
+    /// `--model` names a model of the hub that cannot be had.
+    #[error(transparent)]
+    Hub(#[from] crate::HubError),
     /// A file cannot be read or written.
     #[error("{}: {source}", path.display())]
     Io {

@@ -3,10 +3,13 @@
 mod config;
 mod cpu;
 mod error;
+mod generation;
+mod hub;
 mod kv_cache;
 mod lora;
 mod network;
 mod ops;
+mod progress;
 mod questions;
 mod sampling;
 mod source;
@@ -19,10 +22,12 @@ mod testing;
 
 pub use config::{ModelConfig, RopeScaling};
 pub use error::ModelError;
+pub use hub::{Hub, HubConfig, HubError, HubId};
 pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token};
 pub use lora::{Adapter, Dropout, LinearKind, LoraConfig, TargetModules};
 pub use network::{Llama, Segment};
 pub use ops::cross_entropy;
+pub use progress::OpenProgress;
 pub use questions::{LENGTH_QUESTION, PIA_QUESTION};
 pub use sampling::Sampler;
 pub use source::{DTypeChoice, LoadedModel, TINY};

@@ -15,7 +15,7 @@ use candle_core::{DType, Device, Tensor};
 use crate::kv_cache::{KvCache, Store};
 use crate::lora::{Adapter, Dropout, LinearKind};
 use crate::ops::{self, RopeTable};
-use crate::{ModelConfig, ModelError, Weights};
+use crate::{ModelConfig, ModelError, OpenProgress, Weights};
 
 use block::Block;
 use linear::Weight;
@@ -42,15 +42,30 @@ impl Llama {
     /// # Errors
     /// A tensor is missing, or its shape is not what the config says.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
+        Self::load(config, weights, &mut ())
+    }
+
+    /// [`Llama::new`], which takes a while for a large checkpoint.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn load(config: &ModelConfig, weights: &Weights, progress: &mut dyn OpenProgress) -> Result<Self, ModelError> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
+        // The layers, and what lies before and behind them.
+        let parts = config.num_hidden_layers + 1;
+        progress.loaded(0, parts);
         let embed_tokens = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
         let lm_head = match config.tie_word_embeddings {
             true => Weight::new(embed_tokens.clone())?,
             false => Weight::new(weights.get("lm_head.weight", &[vocab, hidden])?)?,
         };
-        let blocks = (0..config.num_hidden_layers)
-            .map(|i| Block::load(config, weights, i))
-            .collect::<Result<_, _>>()?;
+        progress.loaded(1, parts);
+        let block = |layer| {
+            let block = Block::load(config, weights, layer);
+            progress.loaded(layer + 2, parts);
+            block
+        };
+        let blocks = (0..config.num_hidden_layers).map(block).collect::<Result<_, _>>()?;
         let frequencies = rope_scaling::inverse_frequencies(config);
         Ok(Self {
             embed_tokens,

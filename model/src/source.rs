@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::{DType, Device};
+use lengthwise_core::SamplingParams;
 
-use crate::{Llama, ModelConfig, ModelError, ModelTokenizer, PromptTemplate, Weights};
+use crate::{
+    Hub, HubConfig, HubId, Llama, ModelConfig, ModelError, ModelTokenizer, OpenProgress, PromptTemplate, Weights,
+};
 
 /// The name of the bundled model.
 pub const TINY: &str = "tiny";
@@ -49,29 +52,40 @@ pub struct LoadedModel {
     pub tokenizer: Arc<ModelTokenizer>,
     /// Conversation to text.
     pub template: Arc<PromptTemplate>,
+    /// How tokens are drawn where the user says nothing, by generation_config.json.
+    pub sampling: SamplingParams,
 }
 
 impl LoadedModel {
-    /// Loads a model folder, a hub id that is in the local Hugging Face cache, or [`TINY`], the bundled model.
+    /// Loads a model folder, a model of the Hugging Face hub (`org/name`, `org/name@revision`), which is fetched into
+    /// its cache where it is not there yet, or [`TINY`], the bundled model.
     ///
     /// # Errors
-    /// It is not there, or a file of it is damaged.
-    pub fn open(spec: &str, dtype: DTypeChoice, device: &Device) -> Result<Self, ModelError> {
-        let folder = find(spec)?;
+    /// It is not there and cannot be fetched, or a file of it is damaged.
+    pub fn open(
+        spec: &str,
+        dtype: DTypeChoice,
+        device: &Device,
+        progress: &mut dyn OpenProgress,
+    ) -> Result<Self, ModelError> {
+        let folder = find(spec, HubConfig::from_env, progress)?;
         let config = ModelConfig::from_folder(&folder)?;
         let tokenizer = ModelTokenizer::from_folder(&folder, &config)?;
         let template = PromptTemplate::from_folder(&folder)?;
+        let sampling = crate::generation::sampling(&folder)?;
         let weights = Weights::open(&folder, dtype.resolve(&config, device), device)?;
         Ok(Self {
             name: spec.to_owned(),
-            network: Arc::new(Llama::new(&config, &weights)?),
+            network: Arc::new(Llama::load(&config, &weights, progress)?),
             tokenizer: Arc::new(tokenizer),
             template: Arc::new(template),
+            sampling,
         })
     }
 }
 
-fn find(spec: &str) -> Result<PathBuf, ModelError> {
+/// The folder that is meant; a folder of that name comes before a model of the hub.
+fn find(spec: &str, hub: impl FnOnce() -> HubConfig, progress: &mut dyn OpenProgress) -> Result<PathBuf, ModelError> {
     if spec == TINY {
         return bundled();
     }
@@ -79,48 +93,19 @@ fn find(spec: &str) -> Result<PathBuf, ModelError> {
     if folder.is_dir() {
         return Ok(folder.to_owned());
     }
-    let missing = |reason: String| ModelError::NotFound {
+    let missing = |reason: &str| ModelError::NotFound {
         spec: spec.to_owned(),
-        reason,
+        reason: reason.to_owned(),
     };
     if folder.is_file() {
-        return Err(missing("it is a file; name the model folder that holds it".to_owned()));
+        return Err(missing("it is a file; name the model folder that holds it"));
     }
-    let is_hub_id = spec.split('/').count() == 2 && !spec.starts_with(['.', '/', '~']);
-    if !is_hub_id {
-        return Err(missing("there is no such folder".to_owned()));
+    match HubId::parse(spec) {
+        Some(id) => Ok(Hub::new(hub()).fetch(&id, progress)?),
+        None => Err(missing(
+            "there is no such folder, and it is no name on the hub (org/name or org/name@revision)",
+        )),
     }
-    hub_cache().and_then(|hub| cached_snapshot(&hub, spec)).ok_or_else(|| {
-        missing(format!(
-            "neither a folder nor in the Hugging Face cache; fetch it with `hf download {spec}`"
-        ))
-    })
-}
-
-/// The folder of the local Hugging Face cache, as huggingface_hub finds it.
-fn hub_cache() -> Option<PathBuf> {
-    if let Some(hub) = std::env::var_os("HF_HUB_CACHE") {
-        return Some(PathBuf::from(hub));
-    }
-    let home = std::env::var_os("HF_HOME").map(PathBuf::from);
-    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/huggingface")))?;
-    Some(home.join("hub"))
-}
-
-/// The revision of a hub model that `main` was at last, else any that is there.
-fn cached_snapshot(hub: &Path, id: &str) -> Option<PathBuf> {
-    let model = hub.join(format!("models--{}", id.replace('/', "--")));
-    let usable = |folder: &PathBuf| folder.join("config.json").is_file();
-    let main = std::fs::read_to_string(model.join("refs/main")).ok();
-    let main = main.map(|revision| model.join("snapshots").join(revision.trim()));
-    main.filter(usable).or_else(|| {
-        let snapshots = std::fs::read_dir(model.join("snapshots")).ok()?;
-        // In the order of their names, so that the same is taken every time.
-        snapshots
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .filter(usable)
-            .max()
-    })
 }
 
 /// `data/tiny`, found from the current folder, the program's own, or where it was built.
@@ -154,33 +139,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_hub_model_is_found_in_the_cache() -> anyhow::Result<()> {
-        let hub = tempfile::tempdir()?;
-        let model = hub.path().join("models--org--name");
-        for revision in ["aa", "bb"] {
-            let snapshot = model.join("snapshots").join(revision);
-            std::fs::create_dir_all(&snapshot)?;
-            std::fs::write(snapshot.join("config.json"), "{}")?;
-        }
-        let found = || cached_snapshot(hub.path(), "org/name");
-        assert_eq!(found(), Some(model.join("snapshots/bb")), "no refs: the last");
-        std::fs::create_dir_all(model.join("refs"))?;
-        std::fs::write(model.join("refs/main"), "aa\n")?;
-        assert_eq!(found(), Some(model.join("snapshots/aa")));
-        std::fs::remove_file(model.join("snapshots/aa/config.json"))?;
-        assert_eq!(
-            found(),
-            Some(model.join("snapshots/bb")),
-            "a download that was cut short"
-        );
-        assert_eq!(cached_snapshot(hub.path(), "org/other"), None);
-        Ok(())
-    }
-
-    #[test]
     fn what_is_not_there_says_what_to_do() -> anyhow::Result<()> {
-        let message = |spec: &str| find(spec).expect_err(spec).to_string();
-        assert!(message("nobody/no-such-model").contains("hf download nobody/no-such-model"));
+        let cache = tempfile::tempdir()?;
+        let offline = || HubConfig {
+            endpoint: "http://hub.invalid".to_owned(),
+            cache: Some(cache.path().to_owned()),
+            token: None,
+            offline: true,
+        };
+        let message = |spec: &str| find(spec, offline, &mut ()).expect_err(spec).to_string();
+        assert!(message("nobody/no-such-model").contains("HF_HUB_OFFLINE is set"));
         assert!(message("./no-such-folder").contains("no such folder"));
         let file = tempfile::NamedTempFile::new()?;
         assert!(message(&file.path().to_string_lossy()).contains("it is a file"));
@@ -216,7 +184,7 @@ mod tests {
         let config = crate::testing::config();
         let dir = model_folder(&config)?;
         let spec = dir.path().to_string_lossy().into_owned();
-        let open = || LoadedModel::open(&spec, DTypeChoice::Auto, &Device::Cpu);
+        let open = || LoadedModel::open(&spec, DTypeChoice::Auto, &Device::Cpu, &mut ());
         let model = open()?;
         assert_eq!((model.network.config(), model.network.dtype()), (&config, DType::F32));
         assert_eq!(model.tokenizer.encode("a", true)?, [0]);

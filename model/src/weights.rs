@@ -1,14 +1,17 @@
 //! A checkpoint's tensors by their Hugging Face names.
 
+mod mapped;
+
 use std::collections::{BTreeSet, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use candle_core::safetensors::{BufferedSafetensors, MmapedSafetensors};
+use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor, pickle};
 use serde::Deserialize;
 
 use crate::ModelError;
+use mapped::Mapped;
 
 /// Tensors that are read, converted and moved to the device when they are asked for.
 pub struct Weights {
@@ -20,7 +23,7 @@ pub struct Weights {
 enum Source {
     Memory(HashMap<String, Tensor>),
     Buffer(BufferedSafetensors),
-    Safetensors(MmapedSafetensors),
+    Safetensors(Mapped),
     /// PyTorch's `.bin`: a zip file with a pickle that is interpreted, never executed.
     Pickle(Vec<pickle::PthTensors>),
 }
@@ -37,7 +40,7 @@ impl Weights {
     /// No such file, or one that is damaged.
     pub fn open(folder: &Path, dtype: DType, device: &Device) -> Result<Self, ModelError> {
         let source = match (files(folder, "model.safetensors")?, files(folder, "pytorch_model.bin")?) {
-            (Some(files), _) => Source::Safetensors(map_safetensors(&files)?),
+            (Some(files), _) => Source::Safetensors(Mapped::open(&files)?),
             (None, Some(files)) => Source::Pickle(files.iter().map(|f| open_pickle(f)).collect::<Result<_, _>>()?),
             (None, None) => {
                 let reason = "no model.safetensors, pytorch_model.bin or an index of either".to_owned();
@@ -84,7 +87,7 @@ impl Weights {
         match &self.source {
             Source::Memory(tensors) => tensors.contains_key(name),
             Source::Buffer(file) => file.get(name).is_ok(),
-            Source::Safetensors(files) => files.get(name).is_ok(),
+            Source::Safetensors(files) => files.place(name).is_some(),
             Source::Pickle(files) => files.iter().any(|f| f.tensor_infos().contains_key(name)),
         }
     }
@@ -122,9 +125,9 @@ impl Weights {
                 Ok(file.load(name, &self.device)?)
             }
             Source::Safetensors(files) => {
-                let view = files.get(name).map_err(|_| missing())?;
-                check(name, view.shape(), shape, DType::try_from(view.dtype()).ok())?;
-                Ok(files.load(name, &self.device)?)
+                let place = files.place(name).ok_or_else(missing)?;
+                check(name, &place.shape, shape, place.dtype)?;
+                Ok(files.load(place, &self.device)?)
             }
             Source::Pickle(files) => {
                 let found = files.iter().find_map(|f| Some((f, f.tensor_infos().get(name)?)));
@@ -161,6 +164,13 @@ fn caught<T>(read: impl FnOnce() -> candle_core::Result<T>) -> candle_core::Resu
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(panicked)
 }
 
+/// Whether a folder has weights in one of the forms that [`Weights::open`] knows, all shards included.
+pub(crate) fn are_in(folder: &Path) -> bool {
+    ["model.safetensors", "pytorch_model.bin"]
+        .into_iter()
+        .any(|name| matches!(files(folder, name), Ok(Some(_))))
+}
+
 /// The file `name` of a folder, or the shards of `name`'s index; `None` where there is neither.
 fn files(folder: &Path, name: &str) -> Result<Option<Vec<PathBuf>>, ModelError> {
     let single = folder.join(name);
@@ -187,25 +197,17 @@ fn files(folder: &Path, name: &str) -> Result<Option<Vec<PathBuf>>, ModelError> 
     }
 }
 
-fn map_safetensors(files: &[PathBuf]) -> Result<MmapedSafetensors, ModelError> {
-    // Each alone first, so that the error can name the damaged one.
-    for path in files {
-        // SAFETY: the file must not be changed while it is mapped; a model folder is read-only by convention, as
-        // for every user of safetensors.
-        unsafe { MmapedSafetensors::new(path) }.map_err(|err| ModelError::BadFile {
-            path: path.clone(),
-            reason: format!("truncated or not a safetensors file ({err})"),
-        })?;
-    }
-    // SAFETY: as above.
-    Ok(unsafe { MmapedSafetensors::multi(files) }?)
-}
-
 fn open_pickle(path: &Path) -> Result<pickle::PthTensors, ModelError> {
-    caught(|| pickle::PthTensors::new(path, None)).map_err(|err| ModelError::BadFile {
+    let bad = |reason: String| ModelError::BadFile {
         path: path.to_owned(),
-        reason: format!("truncated or not a PyTorch checkpoint ({err})"),
-    })
+        reason,
+    };
+    let opened = caught(|| pickle::PthTensors::new(path, None));
+    let tensors = opened.map_err(|err| bad(format!("truncated or not a PyTorch checkpoint ({err})")))?;
+    match tensors.tensor_infos().is_empty() {
+        true => Err(bad("it holds no tensors by name: not a state dict".to_owned())),
+        false => Ok(tensors),
+    }
 }
 
 #[cfg(test)]

@@ -11,7 +11,7 @@ use lengthwise_model::{DTypeChoice, LoadedModel, TINY};
 use lengthwise_train::language::{Question, Split, instructions};
 
 fn answers(requests: Vec<Request>) -> Result<HashMap<RequestId, Response>> {
-    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu)?;
+    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let slots = NonZeroUsize::new(32).context("32 is not 0")?;
     let engine = EngineConfig {
         kv_cache_tokens: Some(32 * 600),

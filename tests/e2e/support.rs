@@ -99,11 +99,13 @@ pub struct Run {
 
 /// Runs the binary to its end.
 pub fn run(args: &[&str]) -> Result<Run> {
-    let Output { status, stdout, stderr } = Command::new(binary()?)
-        .current_dir(workspace())
-        .env_remove("RUST_LOG")
-        .args(args)
-        .output()?;
+    finish(Command::new(binary()?).args(args))
+}
+
+/// Runs a command of the binary, with what else it was given, to its end.
+pub fn finish(command: &mut Command) -> Result<Run> {
+    let command = command.current_dir(workspace()).env_remove("RUST_LOG");
+    let Output { status, stdout, stderr } = command.output()?;
     Ok(Run {
         code: status.code(),
         stdout: String::from_utf8(stdout)?,

@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use lengthwise_core::Decoder;
+use lengthwise_core::{Decoder, SamplingParams};
 use lengthwise_train::collect::{CollectConfig, EndpointConfig, EndpointDecoder, collect};
 use lengthwise_train::files::{InstructionRecord, LengthRecord, read_instructions};
 
@@ -22,7 +22,8 @@ pub struct CollectArgs {
     /// Where the lengths go; a run that was stopped goes on where it was
     #[arg(long)]
     output: PathBuf,
-    /// Temperatures to sample at, with commas
+    /// Temperatures to sample at, with commas; top_p and top_k are those of the model's generation_config.json if it says
+    /// do_sample
     #[arg(long, value_delimiter = ',', default_value = "0,0.3,0.5,0.7")]
     temperatures: Vec<f32>,
     /// Samples at each temperature above 0
@@ -55,6 +56,8 @@ pub fn run(global: &Global, args: &CollectArgs) -> anyhow::Result<()> {
     let mut config = CollectConfig {
         model: global.model.clone(),
         temperatures: args.temperatures.clone(),
+        top_p: SamplingParams::GREEDY.top_p,
+        top_k: SamplingParams::GREEDY.top_k,
         samples_per_temperature: args.samples_per_temperature,
         max_new_tokens: args.max_new_tokens,
         seed: global.seed,
@@ -77,6 +80,9 @@ pub fn run(global: &Global, args: &CollectArgs) -> anyhow::Result<()> {
         }
         _ => {
             let mut decoder = local_decoder(&global.open_model()?, None, args.slots, args.cache.engine())?;
+            // As `generate` draws, whose lengths these are to be.
+            config.top_p = decoder.model().sampling.top_p;
+            config.top_k = decoder.model().sampling.top_k;
             collect_with_bar(&instructions, &mut decoder, &config, &args.output)?
         }
     };

@@ -144,6 +144,8 @@ impl Demo<'_> {
         let config = CollectConfig {
             model: self.model.name.clone(),
             temperatures: vec![0.0, 0.3, 0.5, 0.7],
+            top_p: self.model.sampling.top_p,
+            top_k: self.model.sampling.top_k,
             samples_per_temperature: 1,
             max_new_tokens: MAX_NEW_TOKENS,
             seed: self.global.seed,

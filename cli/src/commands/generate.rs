@@ -34,21 +34,23 @@ pub struct GenerateArgs {
     schedule: ScheduleArgs,
     #[command(flatten)]
     predictions: PredictionArgs,
-    /// Sampling temperature; 0 takes the most likely token
-    #[arg(long, default_value_t = 0.0)]
-    temperature: f32,
-    /// Draw only from the most likely tokens that together have this probability
-    #[arg(long, default_value_t = 1.0)]
-    top_p: f32,
-    /// Draw only from this many most likely tokens; 0: all
-    #[arg(long, default_value_t = 0)]
-    top_k: u32,
+    /// Sampling temperature; 0 takes the most likely token [default: that of the model's generation_config.json if it
+    /// says do_sample, else 0]
+    #[arg(long)]
+    temperature: Option<f32>,
+    /// Draw only from the most likely tokens that together have this probability [default: likewise, else 1]
+    #[arg(long)]
+    top_p: Option<f32>,
+    /// Draw only from this many most likely tokens; 0: all [default: likewise, else 0]
+    #[arg(long)]
+    top_k: Option<u32>,
     #[command(flatten)]
     cache: CacheArgs,
 }
 
 pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let records = read_instructions(&args.input)?;
+    // What is null here is the model's own, and follows from its name.
     let settings = serde_json::json!({
         "model": global.model, "seed": global.seed, "temperature": args.temperature, "top_p": args.top_p,
         "top_k": args.top_k, "max_new_tokens": args.schedule.max_new_tokens,
@@ -113,6 +115,7 @@ fn requests(
     decoder: &LocalDecoder,
 ) -> anyhow::Result<Vec<PredictedRequest>> {
     let cap = args.schedule.max_new_tokens;
+    let defaults = decoder.model().sampling;
     let request = |record: &&InstructionRecord| {
         let body = record.batch.clone().unwrap_or_default();
         let request = Request {
@@ -120,9 +123,9 @@ fn requests(
             prompt: record.prompt.clone(),
             max_new_tokens: body.max_tokens.unwrap_or(cap).min(cap),
             sampling: SamplingParams {
-                temperature: body.temperature.unwrap_or(args.temperature),
-                top_p: body.top_p.unwrap_or(args.top_p),
-                top_k: args.top_k,
+                temperature: body.temperature.or(args.temperature).unwrap_or(defaults.temperature),
+                top_p: body.top_p.or(args.top_p).unwrap_or(defaults.top_p),
+                top_k: args.top_k.unwrap_or(defaults.top_k),
                 seed: body.seed.unwrap_or(global.seed),
             },
         };

@@ -162,3 +162,75 @@ fn a_damaged_pytorch_checkpoint_is_an_error_wherever_it_is_cut() -> anyhow::Resu
     }
     Ok(())
 }
+
+/// A `.bin` whose pickle is `pickle`, as PyTorch packs it.
+fn packed(pickle: &[u8]) -> anyhow::Result<Vec<u8>> {
+    use std::io::Write;
+    use zip::write::SimpleFileOptions;
+    let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    let stored = SimpleFileOptions::default().compression_method(zip::CompressionMethod::Stored);
+    writer.start_file("archive/data.pkl", stored)?;
+    writer.write_all(pickle)?;
+    Ok(writer.finish()?.into_inner())
+}
+
+fn error_of_bin(bytes: &[u8]) -> anyhow::Result<String> {
+    let dir = tempfile::tempdir()?;
+    std::fs::write(dir.path().join("pytorch_model.bin"), bytes)?;
+    let err = error(dir.path(), &[2, 3]);
+    assert!(!err.contains('\n'), "{err}");
+    Ok(err)
+}
+
+#[test]
+fn a_pickle_that_calls_something_is_not_obeyed() -> anyhow::Result<()> {
+    let marker = tempfile::tempdir()?.path().join("called");
+    // os.mkdir(marker), as the value of w and as the whole.
+    let mut call = b"cos\nmkdir\n(X".to_vec();
+    let path = marker.to_string_lossy();
+    call.extend((path.len() as u32).to_le_bytes());
+    call.extend(path.as_bytes());
+    call.extend(b"tR");
+    let value = [&b"\x80\x02}(X\x01\0\0\0w"[..], &call, b"u."].concat();
+    let whole = [&b"\x80\x02"[..], &call, b"."].concat();
+    for pickle in [value, whole] {
+        assert!(error_of_bin(&packed(&pickle)?)?.contains("holds no tensors"));
+    }
+    assert!(!marker.exists());
+    Ok(())
+}
+
+#[test]
+fn a_zip_bomb_is_refused_before_it_grows() -> anyhow::Result<()> {
+    let mut bytes = packed(&[0; 64])?;
+    // Deflated, from 64 bytes to 4 GB, in the local header and in the directory. PyTorch only ever stores.
+    for (signature, method, size) in [(b"PK\x03\x04", 8, 22), (b"PK\x01\x02", 10, 24)] {
+        let at = bytes.windows(4).position(|w| w == signature).expect("a header");
+        bytes[at + method] = 8;
+        bytes[at + size..at + size + 4].copy_from_slice(&0xFFFF_FFF0u32.to_le_bytes());
+    }
+    assert!(error_of_bin(&bytes)?.contains("not a PyTorch checkpoint"));
+    // A text that claims 4 GB.
+    assert!(error_of_bin(&packed(b"\x80\x02}X\xf0\xff\xff\xffw.")?)?.contains("not a PyTorch checkpoint"));
+    Ok(())
+}
+
+#[test]
+fn nan_and_a_missing_shard_of_a_pytorch_checkpoint_are_refused() -> anyhow::Result<()> {
+    // The fixture's storages hold f32: 5.0 is in w alone.
+    let five = PICKLE.windows(4).position(|w| w == 5f32.to_le_bytes()).expect("w");
+    let mut bytes = PICKLE.to_vec();
+    bytes[five..five + 4].copy_from_slice(&f32::NAN.to_le_bytes());
+    let err = error_of_bin(&bytes)?;
+    assert!(err.contains("not finite") || err.contains("checksum"), "{err}");
+
+    let dir = tempfile::tempdir()?;
+    std::fs::write(
+        dir.path().join("pytorch_model.bin.index.json"),
+        r#"{"weight_map": {"w": "pytorch_model-00001-of-00001.bin"}}"#,
+    )?;
+    assert!(error(dir.path(), &[2, 3]).contains("pytorch_model-00001-of-00001.bin"));
+    std::fs::write(dir.path().join("pytorch_model.bin.index.json"), "{")?;
+    assert!(error(dir.path(), &[2, 3]).contains("index.json: "));
+    Ok(())
+}

@@ -89,7 +89,8 @@ impl<'a> Collection<'a> {
             sampling: SamplingParams {
                 temperature,
                 seed: stable_hash(&parts),
-                ..SamplingParams::GREEDY
+                top_p: config.top_p,
+                top_k: config.top_k,
             },
         }
     }

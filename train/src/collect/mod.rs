@@ -22,6 +22,10 @@ pub struct CollectConfig {
     pub model: String,
     /// One sample, or several, at each.
     pub temperatures: Vec<f32>,
+    /// Only the most likely tokens that together have this probability are drawn from; 1: all.
+    pub top_p: f32,
+    /// Only this many most likely tokens are drawn from; 0: all.
+    pub top_k: u32,
     /// Samples at each temperature above 0; at 0 all would be the same.
     pub samples_per_temperature: usize,
     /// Cap on every response, in tokens.

@@ -74,6 +74,8 @@ fn config() -> CollectConfig {
     CollectConfig {
         model: "m".to_owned(),
         temperatures: vec![0.0, 0.7],
+        top_p: 1.0,
+        top_k: 0,
         samples_per_temperature: 2,
         max_new_tokens: 100,
         seed: 1,
