@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, RequestId};
-use lengthwise_model::LoadedModel;
-use lengthwise_predictor::{ConstantPredictor, FallbackPredictor, LlmPredictor, Question, RemotePredictor};
+use lengthwise_model::{Adapter, LengthHead, LoadedModel};
+use lengthwise_predictor::{
+    ConstantPredictor, FallbackPredictor, HeadPredictor, LlmPredictor, Question, RemotePredictor,
+};
 use lengthwise_scheduler::Strategy;
 use lengthwise_train::files::read_predictions;
 use rand::{Rng, SeedableRng};
@@ -32,20 +35,27 @@ pub struct PredictionArgs {
 /// Inputs that one call predicts.
 const CHUNK: usize = 256;
 
-/// A predictor that runs the model in this process.
+/// A predictor that runs the model in this process: the head of the adapter's folder where there is one, else the model
+/// is asked.
 pub fn local_predictor(
     model: &LoadedModel,
     adapter: Option<&Path>,
     question: Question,
     fallback: u32,
-) -> anyhow::Result<LlmPredictor> {
+) -> anyhow::Result<Box<dyn LengthPredictor>> {
+    if let Some(folder) = adapter.filter(|folder| LengthHead::is_in(folder)) {
+        let (config, device) = (model.network.config(), model.network.device());
+        let adapter = Arc::new(Adapter::load(folder, config, device)?);
+        let head = LengthHead::load(folder, config.hidden_size, device)?;
+        return Ok(Box::new(HeadPredictor::new(model.clone(), adapter, head)));
+    }
     let decoder = local_decoder(
         model,
         adapter,
         default_slots(),
         CacheArgs { kv_cache_tokens: None }.engine(),
     )?;
-    Ok(LlmPredictor::new(decoder, question, fallback))
+    Ok(Box::new(LlmPredictor::new(decoder, question, fallback)))
 }
 
 /// The predictor that the flags and the strategy name; `None` where predictions are read from a file or not needed.
@@ -56,7 +66,7 @@ pub fn predictor_for(
     cap: u32,
 ) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
     if strategy == Strategy::Po {
-        return Ok(Some(Box::new(local_predictor(model, None, Question::Pia, cap)?)));
+        return Ok(Some(local_predictor(model, None, Question::Pia, cap)?));
     }
     if strategy == Strategy::Vanilla || args.predictions.is_some() {
         return Ok(None);
@@ -66,12 +76,7 @@ pub fn predictor_for(
         return Ok(Some(Box::new(FallbackPredictor::new(remote, cap))));
     }
     if let Some(path) = &args.adapter {
-        return Ok(Some(Box::new(local_predictor(
-            model,
-            Some(path),
-            Question::Length,
-            cap,
-        )?)));
+        return Ok(Some(local_predictor(model, Some(path), Question::Length, cap)?));
     }
     match strategy {
         // Without predictions the continuous mode admits by the cap.

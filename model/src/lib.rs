@@ -3,6 +3,7 @@
 mod config;
 mod error;
 mod kv_cache;
+mod length_head;
 mod lora;
 mod network;
 mod ops;
@@ -19,6 +20,7 @@ mod testing;
 pub use config::{ModelConfig, RopeScaling};
 pub use error::ModelError;
 pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token};
+pub use length_head::{LengthBins, LengthDistribution, LengthHead, LengthHeadConfig, QUANTILES, largest_of};
 pub use lora::{Adapter, Dropout, LinearKind, LoraConfig, TargetModules};
 pub use network::{Llama, Segment};
 pub use ops::cross_entropy;

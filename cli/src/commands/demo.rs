@@ -188,10 +188,10 @@ impl Demo<'_> {
         tracing::info!("eval: {} instructions that were not trained on", test.len());
         let cap = MAX_NEW_TOKENS;
         let mut tuned = local_predictor(&self.model, Some(adapter), Question::Length, cap)?;
-        let (tuned, points) = measure("adapter", &mut tuned, test, cap)?;
+        let (tuned, points) = measure("adapter", tuned.as_mut(), test, cap)?;
         let (pia, _) = measure(
             "pia",
-            &mut local_predictor(&self.model, None, Question::Pia, cap)?,
+            local_predictor(&self.model, None, Question::Pia, cap)?.as_mut(),
             test,
             cap,
         )?;

@@ -38,12 +38,7 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
             } else {
                 Question::Pia
             };
-            Box::new(local_predictor(
-                &global.open_model()?,
-                args.adapter.as_deref(),
-                question,
-                cap,
-            )?)
+            local_predictor(&global.open_model()?, args.adapter.as_deref(), question, cap)?
         }
     };
     let prompts: Vec<Prompt> = args.text.iter().cloned().map(Prompt::Instruction).collect();

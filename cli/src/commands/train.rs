@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use lengthwise_core::Prompt;
-use lengthwise_model::{LENGTH_QUESTION, LoadedModel, LoraConfig, TargetModules};
+use lengthwise_model::{LoadedModel, LoraConfig, TargetModules};
 use lengthwise_train::files::{Pair, read_pairs};
-use lengthwise_train::lora_training::{LoraTrainingConfig, TrainExample, TrainOutcome, TrainRun, train};
+use lengthwise_train::lora_training::{
+    HeadObjective, LoraTrainingConfig, TrainExample, TrainObjective, TrainOutcome, TrainRun, train,
+};
 use lengthwise_train::optim::Schedule;
 
 use crate::args::Global;
@@ -28,6 +29,21 @@ pub struct TrainArgs {
     /// Go on from the last checkpoint in the output folder
     #[arg(long)]
     resume: bool,
+    /// What is learnt: to print the label, or the distribution of the sampled lengths
+    #[arg(long, value_enum, default_value_t = ObjectiveArg::Number)]
+    objective: ObjectiveArg,
+    /// With --objective head: the cap that the lengths were sampled under, in tokens
+    #[arg(long, default_value_t = HeadObjective::default().max_tokens, value_parser = clap::value_parser!(u32).range(2..))]
+    max_tokens: u32,
+    /// With --objective head: how far a sample is spread over the bins, in the logarithm of the length
+    #[arg(long, default_value_t = HeadObjective::default().smoothing)]
+    smoothing: f64,
+    /// With --objective head: whether the length question is asked after the instruction
+    #[arg(long, default_value_t = HeadObjective::default().asks_length, action = clap::ArgAction::Set)]
+    length_question: bool,
+    /// With --objective head: share of the data held out for calibration, where there is no --eval-data
+    #[arg(long, default_value_t = HeadObjective::default().calibration_share)]
+    calibration_share: f64,
     /// Rank
     #[arg(long, default_value_t = 8)]
     lora_r: usize,
@@ -78,6 +94,15 @@ pub struct TrainArgs {
     eval_steps: usize,
 }
 
+/// Objectives by name.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ObjectiveArg {
+    /// The model prints the label, as published
+    Number,
+    /// A head on the last hidden state gives the distribution of the length, without decoding
+    Head,
+}
+
 /// Schedules by name.
 #[derive(Clone, Copy, ValueEnum)]
 enum SchedulerArg {
@@ -89,6 +114,15 @@ enum SchedulerArg {
 impl TrainArgs {
     fn config(&self, seed: u64) -> LoraTrainingConfig {
         LoraTrainingConfig {
+            objective: match self.objective {
+                ObjectiveArg::Number => TrainObjective::Number,
+                ObjectiveArg::Head => TrainObjective::Head(HeadObjective {
+                    max_tokens: self.max_tokens,
+                    asks_length: self.length_question,
+                    smoothing: self.smoothing,
+                    calibration_share: self.calibration_share,
+                }),
+            },
             lora: LoraConfig {
                 r: self.lora_r,
                 lora_alpha: self.lora_alpha,
@@ -150,13 +184,8 @@ pub fn train_with_bar(
     data: &[Pair],
     eval: &[Pair],
 ) -> anyhow::Result<TrainOutcome> {
-    let examples = |pairs: &[Pair]| -> Vec<TrainExample> {
-        let example = |pair: &Pair| TrainExample {
-            prompt: Prompt::Instruction(format!("{}{LENGTH_QUESTION}", pair.instruction)),
-            answer: pair.label.to_string(),
-        };
-        pairs.iter().map(example).collect()
-    };
+    let examples =
+        |pairs: &[Pair]| -> Vec<TrainExample> { pairs.iter().map(|pair| config.objective.example(pair)).collect() };
     let run = TrainRun {
         model,
         output: output.to_owned(),
