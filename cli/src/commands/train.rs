@@ -36,13 +36,13 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = HeadObjective::default().max_tokens, value_parser = clap::value_parser!(u32).range(2..))]
     max_tokens: u32,
     /// With --objective head: how far a sample is spread over the bins, in the logarithm of the length
-    #[arg(long, default_value_t = HeadObjective::default().smoothing)]
+    #[arg(long, default_value_t = HeadObjective::default().smoothing, value_parser = parse_share)]
     smoothing: f64,
     /// With --objective head: whether the length question is asked after the instruction
     #[arg(long, default_value_t = HeadObjective::default().asks_length, action = clap::ArgAction::Set)]
     length_question: bool,
     /// With --objective head: share of the data held out for calibration, where there is no --eval-data
-    #[arg(long, default_value_t = HeadObjective::default().calibration_share)]
+    #[arg(long, default_value_t = HeadObjective::default().calibration_share, value_parser = parse_share)]
     calibration_share: f64,
     /// Rank
     #[arg(long, default_value_t = 8)]
@@ -59,15 +59,15 @@ pub struct TrainArgs {
     /// Linear layers to adapt, with commas, or all-linear
     #[arg(long, default_value = "q_proj,v_proj")]
     target_modules: TargetModules,
-    /// Passes over the data
-    #[arg(long, default_value_t = 3)]
-    epochs: usize,
+    /// Passes over the data [default: 3, with --objective head 7]
+    #[arg(long)]
+    epochs: Option<usize>,
     /// Most optimiser steps
     #[arg(long)]
     max_steps: Option<usize>,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 2e-5)]
-    learning_rate: f64,
+    /// Peak learning rate [default: 2e-5, with --objective head 2e-4]
+    #[arg(long)]
+    learning_rate: Option<f64>,
     /// How it falls after the warm-up
     #[arg(long, value_enum, default_value_t = SchedulerArg::Cosine)]
     lr_scheduler: SchedulerArg,
@@ -113,6 +113,11 @@ enum SchedulerArg {
 
 impl TrainArgs {
     fn config(&self, seed: u64) -> LoraTrainingConfig {
+        let (epochs, learning_rate) = match self.objective {
+            ObjectiveArg::Number => (3, 2e-5),
+            // The head starts at zero, and the adapter learns only through it: LoRA's usual rate (arXiv 2305.14314).
+            ObjectiveArg::Head => (7, 2e-4),
+        };
         LoraTrainingConfig {
             objective: match self.objective {
                 ObjectiveArg::Number => TrainObjective::Number,
@@ -130,9 +135,9 @@ impl TrainArgs {
                 use_rslora: self.use_rslora,
                 target_modules: self.target_modules.clone(),
             },
-            epochs: self.epochs,
+            epochs: self.epochs.unwrap_or(epochs),
             max_steps: self.max_steps,
-            learning_rate: self.learning_rate,
+            learning_rate: self.learning_rate.unwrap_or(learning_rate),
             schedule: match self.lr_scheduler {
                 SchedulerArg::Cosine => Schedule::Cosine,
                 SchedulerArg::Linear => Schedule::Linear,
@@ -148,6 +153,12 @@ impl TrainArgs {
             eval_steps: self.eval_steps,
         }
     }
+}
+
+/// A number from 0 to 1.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a number from 0 to 1".to_owned())
 }
 
 pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {

@@ -25,8 +25,9 @@ pub(super) fn calibrate(tuned: &mut Tuned, llama: &Llama, held_out: &[Encoded]) 
 }
 
 fn fit(head: &mut LengthHead, logits: &[Vec<f32>], lengths: &[&[u32]]) -> Result<(), ModelError> {
-    // From 1/2 to 4 in steps of 3.5 %.
-    head.config.temperature = least((0..=60).map(|i| 0.5 * 2f64.powf(f64::from(i) / 20.0)), |temperature| {
+    // From 1/2 to 4 in steps of 3.5 %, short enough to be read back from JSON as they are.
+    let temperatures = (0..=60).map(|i| (500.0 * 2f64.powf(f64::from(i) / 20.0)).round() / 1000.0);
+    head.config.temperature = least(temperatures, |temperature| {
         head.config.temperature = temperature;
         let distributions = head.distributions(logits)?;
         Ok(distributions

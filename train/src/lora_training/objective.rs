@@ -32,7 +32,7 @@ impl Default for HeadObjective {
     fn default() -> Self {
         Self {
             max_tokens: 512,
-            asks_length: true,
+            asks_length: false,
             smoothing: 0.05,
             calibration_share: 0.1,
         }

@@ -88,7 +88,8 @@ fn head(llama: &Llama, objective: &HeadObjective, train: &[Encoded]) -> Result<L
         smoothing: objective.smoothing,
         samples,
         temperature: 1.0,
-        point_probability: largest_of(samples),
+        // Short enough to be read back from JSON as it is.
+        point_probability: (largest_of(samples) * 1e4).round() / 1e4,
     };
     LengthHead::init(config, llama.config().hidden_size, &marginal, llama.device())
 }
