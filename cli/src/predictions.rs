@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, RequestId};
-use lengthwise_model::LoadedModel;
-use lengthwise_predictor::{ConstantPredictor, FallbackPredictor, LlmPredictor, Question, RemotePredictor};
+use lengthwise_model::{Adapter, LengthHead, LoadedModel};
+use lengthwise_predictor::{
+    ConstantPredictor, FallbackPredictor, HeadPredictor, LlmPredictor, Question, RemotePredictor,
+};
 use lengthwise_scheduler::Strategy;
 use lengthwise_train::files::read_predictions;
 use rand::{Rng, SeedableRng};
@@ -16,7 +19,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::inputs::{CacheArgs, default_slots, local_decoder};
 
 /// Sources of predictions.
-#[derive(Args, Clone, Default)]
+#[derive(Args, Clone)]
 pub struct PredictionArgs {
     /// A running predictor, http://host:port
     #[arg(long)]
@@ -27,25 +30,49 @@ pub struct PredictionArgs {
     /// A JSONL file of {"id", "max_tokens"}
     #[arg(long)]
     pub predictions: Option<PathBuf>,
+    /// Continuous mode: the quantile of a predicted distribution that a request is admitted with; a prediction of one
+    /// number is taken as it is
+    #[arg(long, default_value_t = ADMIT_QUANTILE, value_parser = parse_probability)]
+    pub admit_quantile: f64,
+}
+
+/// The quantile that the continuous mode admits with, unless it is asked for another: one answer in ten outgrows its
+/// share of the KV cache.
+pub const ADMIT_QUANTILE: f64 = 0.9;
+
+/// The length that `strategy` counts with: the continuous mode reserves the `admit_quantile` of the distribution, the
+/// others batch by the largest length expected.
+pub fn scheduled_length(estimate: &LengthEstimate, strategy: Strategy, admit_quantile: f64) -> u32 {
+    match strategy {
+        Strategy::Continuous => estimate.quantile(admit_quantile),
+        _ => estimate.max_tokens,
+    }
 }
 
 /// Inputs that one call predicts.
 const CHUNK: usize = 256;
 
-/// A predictor that runs the model in this process.
+/// A predictor that runs the model in this process: the head of the adapter's folder where there is one, else the model
+/// is asked.
 pub fn local_predictor(
     model: &LoadedModel,
     adapter: Option<&Path>,
     question: Question,
     fallback: u32,
-) -> anyhow::Result<LlmPredictor> {
+) -> anyhow::Result<Box<dyn LengthPredictor>> {
+    if let Some(folder) = adapter.filter(|folder| LengthHead::is_in(folder)) {
+        let (config, device) = (model.network.config(), model.network.device());
+        let adapter = Arc::new(Adapter::load(folder, config, device)?);
+        let head = LengthHead::load(folder, config.hidden_size, device)?;
+        return Ok(Box::new(HeadPredictor::new(model.clone(), adapter, head)));
+    }
     let decoder = local_decoder(
         model,
         adapter,
         default_slots(),
         CacheArgs { kv_cache_tokens: None }.engine(),
     )?;
-    Ok(LlmPredictor::new(decoder, question, fallback))
+    Ok(Box::new(LlmPredictor::new(decoder, question, fallback)))
 }
 
 /// The predictor that the flags and the strategy name; `None` where predictions are read from a file or not needed.
@@ -56,7 +83,7 @@ pub fn predictor_for(
     cap: u32,
 ) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
     if strategy == Strategy::Po {
-        return Ok(Some(Box::new(local_predictor(model, None, Question::Pia, cap)?)));
+        return Ok(Some(local_predictor(model, None, Question::Pia, cap)?));
     }
     if strategy == Strategy::Vanilla || args.predictions.is_some() {
         return Ok(None);
@@ -66,12 +93,7 @@ pub fn predictor_for(
         return Ok(Some(Box::new(FallbackPredictor::new(remote, cap))));
     }
     if let Some(path) = &args.adapter {
-        return Ok(Some(Box::new(local_predictor(
-            model,
-            Some(path),
-            Question::Length,
-            cap,
-        )?)));
+        return Ok(Some(local_predictor(model, Some(path), Question::Length, cap)?));
     }
     match strategy {
         // Without predictions the continuous mode admits by the cap.
@@ -156,9 +178,32 @@ pub fn parse_noise(text: &str) -> Result<f64, String> {
     mae.ok_or_else(|| "expected a number of tokens, 0 or more".to_owned())
 }
 
+/// `--admit-quantile` as a probability.
+fn parse_probability(text: &str) -> Result<f64, String> {
+    let probability = text.parse::<f64>().ok().filter(|p| *p > 0.0 && *p < 1.0);
+    probability.ok_or_else(|| "expected a probability between 0 and 1".to_owned())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lengthwise_core::Quantile;
+
+    #[test]
+    fn the_continuous_mode_admits_by_the_quantile_where_there_is_one() {
+        let quantile = |probability, tokens| Quantile { probability, tokens };
+        let estimate = LengthEstimate {
+            quantiles: vec![quantile(0.5, 40), quantile(0.9, 90)],
+            ..LengthEstimate::of(70)
+        };
+        let length = |estimate, strategy| scheduled_length(estimate, strategy, 0.9);
+        assert_eq!(length(&estimate, Strategy::Continuous), 90);
+        assert_eq!(length(&estimate, Strategy::SeqSch), 70);
+        assert_eq!(length(&LengthEstimate::of(70), Strategy::Continuous), 70);
+        for text in ["0", "1", "NaN", "x"] {
+            parse_probability(text).expect_err(text);
+        }
+    }
 
     #[test]
     fn noise_has_the_error_asked_for_in_spite_of_its_bounds() {

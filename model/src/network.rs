@@ -160,6 +160,40 @@ impl Llama {
         adapter: Option<&Adapter>,
         dropout: Option<&Dropout>,
     ) -> Result<Tensor, ModelError> {
+        let hidden = self.packed(sequences, adapter, dropout)?;
+        self.logits(&hidden, wanted)
+    }
+
+    /// The last position's hidden state of whole sequences, behind the last norm: what the head that gives the logits
+    /// sees there. Without a cache, differentiable.
+    ///
+    /// Returns `[sequences, hidden]` in f32.
+    ///
+    /// # Errors
+    /// A sequence that is empty or longer than the model's context, or the device failed.
+    pub fn last_hidden(
+        &self,
+        sequences: &[&[u32]],
+        adapter: Option<&Adapter>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor, ModelError> {
+        let mut end = 0;
+        let mut last = Vec::with_capacity(sequences.len());
+        for sequence in sequences {
+            end += sequence.len() as u32;
+            last.push(end.saturating_sub(1));
+        }
+        let hidden = self.packed(sequences, adapter, dropout)?;
+        Ok(self.normed(&hidden, &last)?.to_dtype(DType::F32)?)
+    }
+
+    /// Whole sequences one behind the other, each seeing itself alone.
+    fn packed(
+        &self,
+        sequences: &[&[u32]],
+        adapter: Option<&Adapter>,
+        dropout: Option<&Dropout>,
+    ) -> Result<Tensor, ModelError> {
         let (tokens, positions) = self.pack(sequences.iter().map(|s| (*s, 0)))?;
         let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
         let pass = Pass {
@@ -169,8 +203,7 @@ impl Llama {
             dropout,
             attention: Attention::Packed(lengths),
         };
-        let hidden = self.hidden(&tokens, &pass)?;
-        self.logits(&hidden, wanted)
+        self.hidden(&tokens, &pass)
     }
 
     /// The same network with the adapter's low-rank terms added to its weights.
@@ -225,9 +258,14 @@ impl Llama {
     }
 
     fn logits(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
+        let normed = self.normed(hidden, rows)?;
+        Ok(self.lm_head.product(&normed)?.to_dtype(DType::F32)?)
+    }
+
+    /// Some rows behind the last norm, `[rows, hidden]`.
+    fn normed(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
         let rows = Tensor::new(rows, self.device())?;
         let wanted = hidden.index_select(&rows, 0)?;
-        let normed = ops::rms_norm(&wanted, &self.norm, self.config.rms_norm_eps)?;
-        Ok(self.lm_head.product(&normed)?.to_dtype(DType::F32)?)
+        Ok(ops::rms_norm(&wanted, &self.norm, self.config.rms_norm_eps)?)
     }
 }

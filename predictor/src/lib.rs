@@ -6,6 +6,7 @@
 mod client;
 mod constant;
 mod fallback;
+mod head;
 mod llm;
 mod measure;
 mod parse;
@@ -20,6 +21,7 @@ mod worker;
 pub use client::RemotePredictor;
 pub use constant::ConstantPredictor;
 pub use fallback::FallbackPredictor;
+pub use head::HeadPredictor;
 pub use llm::{LlmPredictor, Question};
 pub use parse::parse_length;
 pub use queue::{BatchingConfig, Pending, PredictQueue};

@@ -50,19 +50,21 @@ pub fn evaluate(name: &str, pairs: &[(u32, u32)]) -> PredictorRow {
     }
 }
 
-/// Share of the true lengths inside the estimates' 90 % intervals, from their 5 % to their 95 % quantile. `None` where
-/// there are no pairs, or an estimate has no quantiles as far out as that.
-pub fn coverage_90(estimates: &[LengthEstimate], truths: &[u32]) -> Option<f64> {
+/// Share of the sampled lengths inside the estimates' 90 % intervals, from their 5 % to their 95 % quantile; `lengths` has
+/// the samples of each estimate's instruction, every sample counts alike. `None` where there are no samples, or an estimate
+/// has no quantiles as far out as that.
+pub fn coverage_90<L: AsRef<[u32]>>(estimates: &[LengthEstimate], lengths: &[L]) -> Option<f64> {
     const REACH: f64 = 1e-9;
-    let mut inside = 0;
-    for (estimate, &truth) in estimates.iter().zip(truths) {
+    let (mut inside, mut n) = (0, 0);
+    for (estimate, lengths) in estimates.iter().zip(lengths) {
         let (first, last) = (estimate.quantiles.first()?, estimate.quantiles.last()?);
         if first.probability > 0.05 + REACH || last.probability < 0.95 - REACH {
             return None;
         }
-        inside += usize::from((estimate.quantile(0.05)..=estimate.quantile(0.95)).contains(&truth));
+        let interval = estimate.quantile(0.05)..=estimate.quantile(0.95);
+        inside += lengths.as_ref().iter().filter(|l| interval.contains(l)).count();
+        n += lengths.as_ref().len();
     }
-    let n = estimates.len().min(truths.len());
     (n > 0).then(|| inside as f64 / n as f64)
 }
 
@@ -165,15 +167,15 @@ mod tests {
             ..LengthEstimate::of(high)
         };
         // Both ends belong to the interval: 10 and 90 are inside, 9 and 91 are not.
-        let estimates = vec![estimate(10, 90); 4];
-        assert_eq!(coverage_90(&estimates, &[10, 90, 9, 91]), Some(0.5));
-        assert_eq!(coverage_90(&[estimate(1, 9), LengthEstimate::of(9)], &[5, 5]), None);
+        let estimates = vec![estimate(10, 90); 2];
+        assert_eq!(coverage_90(&estimates, &[vec![10, 90, 9], vec![91]]), Some(0.5));
+        assert_eq!(coverage_90(&[estimate(1, 9), LengthEstimate::of(9)], &[[5], [5]]), None);
         let narrow = LengthEstimate {
             quantiles: vec![quantile(0.25, 1), quantile(0.75, 9)],
             ..LengthEstimate::of(9)
         };
-        assert_eq!(coverage_90(&[narrow], &[5]), None);
-        assert_eq!(coverage_90(&[], &[]), None);
+        assert_eq!(coverage_90(&[narrow], &[[5]]), None);
+        assert_eq!(coverage_90(&[], &[[5]]), None);
     }
 
     proptest! {

@@ -43,6 +43,21 @@ impl EncodedExample {
     }
 }
 
+/// Examples that go through the network together, and what is wanted of them.
+pub trait Shard: Sync {
+    /// The summed loss of the examples divided by `divisor`, with its graph.
+    ///
+    /// # Errors
+    /// A sequence longer than the model's context, or the device failed.
+    fn loss(
+        &self,
+        llama: &Llama,
+        adapter: Option<&Adapter>,
+        dropout: Option<&Dropout>,
+        divisor: f64,
+    ) -> Result<Tensor, ModelError>;
+}
+
 /// Examples one behind the other, and which packed positions predict a token of an answer.
 #[derive(Debug, Clone, Default)]
 pub struct PackedExamples {
@@ -73,12 +88,10 @@ impl PackedExamples {
     pub fn answer_tokens(&self) -> usize {
         self.targets.len()
     }
+}
 
-    /// The summed loss of the answers' tokens divided by `divisor`, with its graph.
-    ///
-    /// # Errors
-    /// A sequence longer than the model's context, or the device failed.
-    pub fn loss(
+impl Shard for PackedExamples {
+    fn loss(
         &self,
         llama: &Llama,
         adapter: Option<&Adapter>,
@@ -112,7 +125,7 @@ pub struct Objective<'a> {
 }
 
 impl Objective<'_> {
-    /// Loss and gradients of the answers' tokens in `shards`, the loss a sum divided by `divisor`; the gradients are
+    /// Loss and gradients of the examples in `shards`, the loss a sum divided by `divisor`; the gradients are
     /// added to `grads`.
     ///
     /// The shards run side by side, a thread each, since candle's element-wise ops use one core. Their number is the
@@ -120,8 +133,8 @@ impl Objective<'_> {
     ///
     /// # Errors
     /// The forward or backward pass failed.
-    pub fn gradients(&self, shards: &[PackedExamples], divisor: f64, grads: &mut Gradients) -> Result<f64, ModelError> {
-        let run = |shard: &PackedExamples, index: u64| -> Result<_, ModelError> {
+    pub fn gradients<S: Shard>(&self, shards: &[S], divisor: f64, grads: &mut Gradients) -> Result<f64, ModelError> {
+        let run = |shard: &S, index: u64| -> Result<_, ModelError> {
             let dropout = self
                 .dropout
                 .map(|(p, seed)| Dropout::new(p, seed.wrapping_mul(31).wrapping_add(index)));

@@ -19,7 +19,9 @@ use crate::args::Global;
 use crate::cost::cost_model;
 use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
 use crate::output::{print, print_json};
-use crate::predictions::{PredictionArgs, ask, disturb, from_file, look_up, parse_noise, predictor_for};
+use crate::predictions::{
+    PredictionArgs, ask, disturb, from_file, look_up, parse_noise, predictor_for, scheduled_length,
+};
 use crate::progress::{Bar, rate};
 use crate::table::Table;
 
@@ -227,7 +229,7 @@ fn predict(
     };
     Ok(ask(predictor.as_mut(), prompts, cap)?
         .iter()
-        .map(|e| e.max_tokens)
+        .map(|e| scheduled_length(e, strategy, source.admit_quantile))
         .collect())
 }
 

@@ -19,7 +19,7 @@ use lengthwise_train::files::{
     InstructionRecord, LengthRecord, Pair, PairFormat, pair_line, read_instructions, write_atomic,
 };
 use lengthwise_train::language::{Split, instructions};
-use lengthwise_train::lora_training::LoraTrainingConfig;
+use lengthwise_train::lora_training::{HeadObjective, LoraTrainingConfig, TrainObjective};
 use lengthwise_train::{LabelTarget, PredictorRow, label};
 
 use super::bench::time_strategy;
@@ -29,7 +29,7 @@ use super::train::train_with_bar;
 use crate::args::Global;
 use crate::inputs::{CacheArgs, default_slots, local_decoder};
 use crate::output::{print, print_json};
-use crate::predictions::{ask, local_predictor};
+use crate::predictions::{ADMIT_QUANTILE, ask, local_predictor, scheduled_length};
 use crate::report::ReportData;
 use crate::table::Table;
 
@@ -74,9 +74,10 @@ pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
     let test = demo.lengths("test", Split::HeldOut, args.test_instructions)?;
     let train_pairs = demo.pairs("train", &train)?;
     let test_pairs = demo.pairs("test", &test)?;
-    let adapter = demo.train(&train_pairs)?;
-    let (predictors, points) = demo.evaluate(&adapter, &train_pairs, &test_pairs)?;
-    let strategies = demo.schedule(&adapter, &test_pairs)?;
+    let adapter = demo.train("adapter", TrainObjective::Number, &train_pairs)?;
+    let head = demo.train("head", TrainObjective::Head(HeadObjective::default()), &train_pairs)?;
+    let (predictors, points) = demo.evaluate([&adapter, &head], &train_pairs, &test_pairs)?;
+    let strategies = demo.schedule(&head, &test_pairs)?;
     let seconds = began.elapsed().as_secs_f64();
     let data = ReportData {
         setup: demo.setup(seconds)?,
@@ -166,46 +167,48 @@ impl Demo<'_> {
         Ok(pairs)
     }
 
-    fn train(&self, pairs: &[Pair]) -> anyhow::Result<PathBuf> {
+    fn train(&self, name: &str, objective: TrainObjective, pairs: &[Pair]) -> anyhow::Result<PathBuf> {
         let config = LoraTrainingConfig {
+            objective,
             lora: LoraConfig::default(),
             epochs: self.args.epochs,
             learning_rate: LEARNING_RATE,
             seed: self.global.seed,
             ..LoraTrainingConfig::default()
         };
-        tracing::info!("train: an adapter of rank {} on {} pairs", config.lora.r, pairs.len());
-        let output = self.path("adapter");
+        let (rank, n) = (config.lora.r, pairs.len());
+        tracing::info!("train: an adapter of rank {rank} on {n} pairs, {name}");
+        let output = self.path(name);
         train_with_bar(&self.model, &output, false, &config, pairs, &[])?;
         Ok(output)
     }
 
-    /// The adapter, perception in advance, and always the training data's median, on instructions never trained on.
+    /// The adapters, perception in advance, and always the training data's median, on instructions never trained on.
     fn evaluate(
         &self,
-        adapter: &Path,
+        [number, head]: [&Path; 2],
         train: &[Pair],
         test: &[Pair],
     ) -> anyhow::Result<(Vec<PredictorRow>, Vec<crate::report::PredictionSeries>)> {
         tracing::info!("eval: {} instructions that were not trained on", test.len());
         let cap = MAX_NEW_TOKENS;
-        let mut tuned = local_predictor(&self.model, Some(adapter), Question::Length, cap)?;
-        let (tuned, points) = measure("adapter", &mut tuned, test, cap)?;
-        let (pia, _) = measure(
-            "pia",
-            &mut local_predictor(&self.model, None, Question::Pia, cap)?,
-            test,
-            cap,
-        )?;
+        let (mut rows, mut series) = (Vec::new(), Vec::new());
+        for (name, adapter) in [("adapter", number), ("head", head)] {
+            let mut tuned = local_predictor(&self.model, Some(adapter), Question::Length, cap)?;
+            let (row, points) = measure(name, tuned.as_mut(), test, cap)?;
+            rows.push(row);
+            series.push(crate::report::PredictionSeries {
+                predictor: name.to_owned(),
+                points,
+            });
+        }
+        let mut pia = local_predictor(&self.model, None, Question::Pia, cap)?;
+        rows.push(measure("pia", pia.as_mut(), test, cap)?.0);
         let mut constant = ConstantPredictor {
             max_tokens: median(train),
         };
-        let (constant, _) = measure("median", &mut constant, test, cap)?;
-        let series = crate::report::PredictionSeries {
-            predictor: "adapter".to_owned(),
-            points,
-        };
-        Ok((vec![tuned, pia, constant], vec![series]))
+        rows.push(measure("median", &mut constant, test, cap)?.0);
+        Ok((rows, series))
     }
 
     /// The test instructions under each strategy, scheduled by the adapter that a server on loopback holds.
@@ -238,7 +241,7 @@ impl Demo<'_> {
             let predicted = match predicts {
                 true => ask(server.predictor(), &prompts, MAX_NEW_TOKENS)?
                     .iter()
-                    .map(|e| e.max_tokens)
+                    .map(|e| scheduled_length(e, strategy, ADMIT_QUANTILE))
                     .collect(),
                 false => largest.clone(),
             };

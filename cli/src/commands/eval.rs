@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use lengthwise_core::{LengthPredictor, Prompt};
 use lengthwise_predictor::{ConstantPredictor, Question, RemotePredictor};
 use lengthwise_train::files::{Pair, read_pairs};
-use lengthwise_train::{PredictorReport, PredictorRow, evaluate};
+use lengthwise_train::{PredictorReport, PredictorRow, coverage_90, evaluate};
 
 use crate::args::Global;
 use crate::output::{print, print_json};
@@ -60,7 +60,7 @@ pub fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<()> {
     };
     for path in &args.adapter {
         let mut predictor = local_predictor(&global.open_model()?, Some(path), Question::Length, cap)?;
-        add(&path.display().to_string(), &mut predictor)?;
+        add(&path.display().to_string(), predictor.as_mut())?;
     }
     if let Some(url) = &args.predictor {
         add(url, &mut RemotePredictor::connect(url)?)?;
@@ -69,7 +69,7 @@ pub fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<()> {
         match method {
             Method::Pia => add(
                 "pia",
-                &mut local_predictor(&global.open_model()?, None, Question::Pia, cap)?,
+                local_predictor(&global.open_model()?, None, Question::Pia, cap)?.as_mut(),
             )?,
             Method::Constant => {
                 let max_tokens = args.constant.unwrap_or_else(|| median(&pairs));
@@ -114,7 +114,10 @@ pub fn measure(
         .zip(pairs)
         .map(|(e, pair)| (e.max_tokens, truth(pair).min(cap)))
         .collect();
+    let capped = |pair: &Pair| pair.lengths.iter().map(|&l| l.min(cap)).collect();
+    let samples: Vec<Vec<u32>> = pairs.iter().map(capped).collect();
     let row = PredictorRow {
+        coverage_90: coverage_90(&estimates, &samples),
         ms_per_prediction: Some(ms),
         ..evaluate(name, &both)
     };

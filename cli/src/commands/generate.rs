@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use lengthwise_core::{DecodeError, Prompt, Request, RequestId, SamplingParams};
+use lengthwise_core::{DecodeError, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, run_strategy};
 use lengthwise_scheduler::{CostModel, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
@@ -15,7 +15,7 @@ use crate::args::Global;
 use crate::cost::cost_model;
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::print_json;
-use crate::predictions::{PredictionArgs, ask, from_file, predictor_for};
+use crate::predictions::{PredictionArgs, ask, from_file, predictor_for, scheduled_length};
 use crate::progress::{Bar, rate};
 
 /// Flags of `generate`.
@@ -107,13 +107,13 @@ fn answered(lines: &[String]) -> anyhow::Result<HashMap<RequestId, String>> {
     lines.iter().map(id).collect()
 }
 
-/// Tokenised requests with their predictions.
+/// Tokenised requests with the lengths that they are scheduled by, and the largest length expected of each.
 fn requests(
     global: &Global,
     args: &GenerateArgs,
     records: &[&InstructionRecord],
     decoder: &LocalDecoder,
-) -> anyhow::Result<Vec<PredictedRequest>> {
+) -> anyhow::Result<Vec<(PredictedRequest, u32)>> {
     let cap = args.schedule.max_new_tokens;
     let defaults = decoder.model().sampling;
     let request = |record: &&InstructionRecord| {
@@ -134,20 +134,23 @@ fn requests(
     // Every request is checked before the first is predicted or decoded.
     let sequences = records.iter().map(request).collect::<Result<Vec<_>, _>>()?;
     let predictor = predictor_for(args.strategy, &args.predictions, decoder.model(), cap)?;
-    let predicted: Vec<u32> = match (predictor, &args.predictions.predictions) {
+    let estimates: Vec<LengthEstimate> = match (predictor, &args.predictions.predictions) {
         (Some(mut predictor), _) => {
             let prompts: Vec<Prompt> = records.iter().map(|r| r.prompt.clone()).collect();
             ask(predictor.as_mut(), &prompts, cap)?
-                .iter()
-                .map(|e| e.max_tokens)
-                .collect()
         }
-        (None, Some(path)) => from_file(path, &records.iter().map(|r| r.id.clone()).collect::<Vec<_>>())?,
-        (None, None) => vec![cap; records.len()],
+        (None, Some(path)) => {
+            let ids: Vec<RequestId> = records.iter().map(|r| r.id.clone()).collect();
+            from_file(path, &ids)?.into_iter().map(LengthEstimate::of).collect()
+        }
+        (None, None) => vec![LengthEstimate::of(cap); records.len()],
     };
-    let both = sequences.into_iter().zip(predicted);
+    let both = sequences.into_iter().zip(estimates);
     Ok(both
-        .map(|(request, predicted)| PredictedRequest { request, predicted })
+        .map(|(request, estimate)| {
+            let predicted = scheduled_length(&estimate, args.strategy, args.predictions.admit_quantile);
+            (PredictedRequest { request, predicted }, estimate.max_tokens)
+        })
         .collect())
 }
 
@@ -163,17 +166,18 @@ fn schedule(args: &GenerateArgs, cost: Option<CostModel>) -> anyhow::Result<Sche
 fn decode(
     config: &ScheduleConfig,
     records: &[&InstructionRecord],
-    requests: Vec<PredictedRequest>,
+    requests: Vec<(PredictedRequest, u32)>,
     decoder: &mut LocalDecoder,
     on_line: &mut dyn FnMut(RequestId, String) -> Result<(), DecodeError>,
 ) -> anyhow::Result<StrategyStats> {
     let by_id: HashMap<RequestId, (&InstructionRecord, usize, u32)> = records
         .iter()
         .zip(&requests)
-        .map(|(record, r)| (record.id.clone(), (*record, r.request.prompt.len(), r.predicted)))
+        .map(|(record, (r, largest))| (record.id.clone(), (*record, r.request.prompt.len(), *largest)))
         .collect();
     let predicts = config.strategy != Strategy::Vanilla;
     let model = decoder.model().clone();
+    let requests: Vec<PredictedRequest> = requests.into_iter().map(|(request, _)| request).collect();
     let mut bar = Bar::new("generate", requests.len() as u64);
     let (mut done, mut tokens) = (0, 0);
     let stats = run_strategy(decoder.engine(), requests, config, &mut |output| {

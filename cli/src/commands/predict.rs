@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use lengthwise_core::{LengthPredictor, Prompt};
+use lengthwise_core::{LengthEstimate, LengthPredictor, Prompt};
 use lengthwise_predictor::{Question, RemotePredictor};
 
 use crate::args::Global;
@@ -38,12 +38,7 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
             } else {
                 Question::Pia
             };
-            Box::new(local_predictor(
-                &global.open_model()?,
-                args.adapter.as_deref(),
-                question,
-                cap,
-            )?)
+            local_predictor(&global.open_model()?, args.adapter.as_deref(), question, cap)?
         }
     };
     let prompts: Vec<Prompt> = args.text.iter().cloned().map(Prompt::Instruction).collect();
@@ -52,7 +47,7 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
         return print_json(&serde_json::json!({ "predictions": estimates }));
     }
     let mut table = Table {
-        header: vec!["instruction", "max tokens", "parsed"],
+        header: vec!["instruction", "max tokens", "5 to 95 %", "parsed"],
         rows: Vec::new(),
     };
     for (text, estimate) in args.text.iter().zip(&estimates) {
@@ -60,8 +55,17 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
         table.rows.push(vec![
             text.replace('\n', " "),
             estimate.max_tokens.to_string(),
+            interval(estimate),
             parsed.to_owned(),
         ]);
     }
     print(&table.text())
+}
+
+/// The middle 90 % of a predicted distribution.
+fn interval(estimate: &LengthEstimate) -> String {
+    match estimate.quantiles.is_empty() {
+        true => "–".to_owned(),
+        false => format!("{} to {}", estimate.quantile(0.05), estimate.quantile(0.95)),
+    }
 }

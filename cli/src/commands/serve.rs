@@ -103,10 +103,7 @@ fn predictor(global: &Global, args: &ServeArgs) -> anyhow::Result<(Box<dyn Lengt
         Question::Pia
     };
     let info = info(&model, args, question);
-    Ok((
-        Box::new(local_predictor(&model, args.adapter.as_deref(), question, cap)?),
-        info,
-    ))
+    Ok((local_predictor(&model, args.adapter.as_deref(), question, cap)?, info))
 }
 
 fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> ServerInfo {

@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use lengthwise_core::Prompt;
-use lengthwise_model::{LENGTH_QUESTION, LoadedModel, LoraConfig, TargetModules};
+use lengthwise_model::{LoadedModel, LoraConfig, TargetModules};
 use lengthwise_train::files::{Pair, read_pairs};
-use lengthwise_train::lora_training::{LoraTrainingConfig, TrainExample, TrainOutcome, TrainRun, train};
+use lengthwise_train::lora_training::{
+    HeadObjective, LoraTrainingConfig, TrainExample, TrainObjective, TrainOutcome, TrainRun, train,
+};
 use lengthwise_train::optim::Schedule;
 
 use crate::args::Global;
@@ -28,6 +29,21 @@ pub struct TrainArgs {
     /// Go on from the last checkpoint in the output folder
     #[arg(long)]
     resume: bool,
+    /// What is learnt: to print the label, or the distribution of the sampled lengths
+    #[arg(long, value_enum, default_value_t = ObjectiveArg::Number)]
+    objective: ObjectiveArg,
+    /// With --objective head: the cap that the lengths were sampled under, in tokens
+    #[arg(long, default_value_t = HeadObjective::default().max_tokens, value_parser = clap::value_parser!(u32).range(2..))]
+    max_tokens: u32,
+    /// With --objective head: how far a sample is spread over the bins, in the logarithm of the length
+    #[arg(long, default_value_t = HeadObjective::default().smoothing, value_parser = parse_share)]
+    smoothing: f64,
+    /// With --objective head: whether the length question is asked after the instruction
+    #[arg(long, default_value_t = HeadObjective::default().asks_length, action = clap::ArgAction::Set)]
+    length_question: bool,
+    /// With --objective head: share of the data held out for calibration, where there is no --eval-data
+    #[arg(long, default_value_t = HeadObjective::default().calibration_share, value_parser = parse_share)]
+    calibration_share: f64,
     /// Rank
     #[arg(long, default_value_t = 8)]
     lora_r: usize,
@@ -43,15 +59,15 @@ pub struct TrainArgs {
     /// Linear layers to adapt, with commas, or all-linear
     #[arg(long, default_value = "q_proj,v_proj")]
     target_modules: TargetModules,
-    /// Passes over the data
-    #[arg(long, default_value_t = 3)]
-    epochs: usize,
+    /// Passes over the data [default: 3, with --objective head 7]
+    #[arg(long)]
+    epochs: Option<usize>,
     /// Most optimiser steps
     #[arg(long)]
     max_steps: Option<usize>,
-    /// Peak learning rate
-    #[arg(long, default_value_t = 2e-5)]
-    learning_rate: f64,
+    /// Peak learning rate [default: 2e-5, with --objective head 2e-4]
+    #[arg(long)]
+    learning_rate: Option<f64>,
     /// How it falls after the warm-up
     #[arg(long, value_enum, default_value_t = SchedulerArg::Cosine)]
     lr_scheduler: SchedulerArg,
@@ -78,6 +94,15 @@ pub struct TrainArgs {
     eval_steps: usize,
 }
 
+/// Objectives by name.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ObjectiveArg {
+    /// The model prints the label, as published
+    Number,
+    /// A head on the last hidden state gives the distribution of the length, without decoding
+    Head,
+}
+
 /// Schedules by name.
 #[derive(Clone, Copy, ValueEnum)]
 enum SchedulerArg {
@@ -88,7 +113,21 @@ enum SchedulerArg {
 
 impl TrainArgs {
     fn config(&self, seed: u64) -> LoraTrainingConfig {
+        let (epochs, learning_rate) = match self.objective {
+            ObjectiveArg::Number => (3, 2e-5),
+            // The head starts at zero, and the adapter learns only through it: LoRA's usual rate (arXiv 2305.14314).
+            ObjectiveArg::Head => (7, 2e-4),
+        };
         LoraTrainingConfig {
+            objective: match self.objective {
+                ObjectiveArg::Number => TrainObjective::Number,
+                ObjectiveArg::Head => TrainObjective::Head(HeadObjective {
+                    max_tokens: self.max_tokens,
+                    asks_length: self.length_question,
+                    smoothing: self.smoothing,
+                    calibration_share: self.calibration_share,
+                }),
+            },
             lora: LoraConfig {
                 r: self.lora_r,
                 lora_alpha: self.lora_alpha,
@@ -96,9 +135,9 @@ impl TrainArgs {
                 use_rslora: self.use_rslora,
                 target_modules: self.target_modules.clone(),
             },
-            epochs: self.epochs,
+            epochs: self.epochs.unwrap_or(epochs),
             max_steps: self.max_steps,
-            learning_rate: self.learning_rate,
+            learning_rate: self.learning_rate.unwrap_or(learning_rate),
             schedule: match self.lr_scheduler {
                 SchedulerArg::Cosine => Schedule::Cosine,
                 SchedulerArg::Linear => Schedule::Linear,
@@ -114,6 +153,12 @@ impl TrainArgs {
             eval_steps: self.eval_steps,
         }
     }
+}
+
+/// A number from 0 to 1.
+fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse::<f64>().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "expected a number from 0 to 1".to_owned())
 }
 
 pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {
@@ -150,13 +195,8 @@ pub fn train_with_bar(
     data: &[Pair],
     eval: &[Pair],
 ) -> anyhow::Result<TrainOutcome> {
-    let examples = |pairs: &[Pair]| -> Vec<TrainExample> {
-        let example = |pair: &Pair| TrainExample {
-            prompt: Prompt::Instruction(format!("{}{LENGTH_QUESTION}", pair.instruction)),
-            answer: pair.label.to_string(),
-        };
-        pairs.iter().map(example).collect()
-    };
+    let examples =
+        |pairs: &[Pair]| -> Vec<TrainExample> { pairs.iter().map(|pair| config.objective.example(pair)).collect() };
     let run = TrainRun {
         model,
         output: output.to_owned(),

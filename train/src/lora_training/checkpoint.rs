@@ -4,11 +4,11 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use candle_core::Device;
-use lengthwise_model::{Adapter, ModelConfig};
+use lengthwise_model::Llama;
 use serde::{Deserialize, Serialize};
 
 use super::LoraTrainingError;
+use super::tuned::Tuned;
 use crate::optim::AdamW;
 
 const PREFIX: &str = "checkpoint-";
@@ -27,7 +27,7 @@ pub(super) struct RunState {
 /// A checkpoint that was read back.
 pub(super) struct Checkpoint {
     pub state: RunState,
-    pub adapter: Adapter,
+    pub tuned: Tuned,
     optimiser: HashMap<String, candle_core::Tensor>,
 }
 
@@ -59,14 +59,14 @@ pub(super) fn newest(output: &Path) -> Option<PathBuf> {
 pub(super) fn save(
     output: &Path,
     base_model: &str,
-    adapter: &Adapter,
+    tuned: &Tuned,
     adamw: &AdamW,
     state: &RunState,
 ) -> Result<(), LoraTrainingError> {
     let beside = output.join("writing-checkpoint");
     let last = newest(output);
     let _ = fs::remove_dir_all(&beside);
-    adapter.save(&beside, base_model)?;
+    tuned.save(&beside, base_model)?;
     let (tensors, _) = adamw.state();
     candle_core::safetensors::save(&tensors, beside.join("optimizer.safetensors"))?;
     let json = serde_json::to_string_pretty(state).expect("plain data is serialisable");
@@ -80,8 +80,8 @@ pub(super) fn save(
     }
 }
 
-/// Reads a checkpoint back; its adapter's factors are variables.
-pub(super) fn load(folder: &Path, model: &ModelConfig, device: &Device) -> Result<Checkpoint, LoraTrainingError> {
+/// Reads a checkpoint back; what it trains are variables.
+pub(super) fn load(folder: &Path, llama: &Llama) -> Result<Checkpoint, LoraTrainingError> {
     let path = folder.join("state.json");
     let text = fs::read_to_string(&path).map_err(io(&path))?;
     let bad = |err: serde_json::Error| LoraTrainingError::BadFile {
@@ -90,8 +90,8 @@ pub(super) fn load(folder: &Path, model: &ModelConfig, device: &Device) -> Resul
     };
     Ok(Checkpoint {
         state: serde_json::from_str(&text).map_err(bad)?,
-        adapter: Adapter::load(folder, model, device)?.trainable()?,
-        optimiser: candle_core::safetensors::load(folder.join("optimizer.safetensors"), device)?,
+        tuned: Tuned::load(folder, llama)?.trainable()?,
+        optimiser: candle_core::safetensors::load(folder.join("optimizer.safetensors"), llama.device())?,
     })
 }
 

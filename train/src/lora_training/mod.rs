@@ -1,32 +1,31 @@
-//! LoRA fine-tuning: a frozen model, an adapter, and pairs of prompt and answer.
+//! LoRA fine-tuning: a frozen model, an adapter, and prompts with their answers or the lengths of those.
 
+mod calibrate;
 mod checkpoint;
 mod curve;
+mod data;
+mod objective;
 mod order;
 mod run;
+#[cfg(test)]
+mod tests;
+mod tuned;
 
 use std::path::PathBuf;
 
-use lengthwise_core::Prompt;
 use lengthwise_model::{LoraConfig, ModelError};
 use serde::{Deserialize, Serialize};
 
 use crate::optim::Schedule;
 
+pub use objective::{HeadObjective, TrainExample, TrainObjective, TrainTarget};
 pub use run::{TrainOutcome, train};
-
-/// A prompt and the answer that the model is to give.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TrainExample {
-    /// What is asked.
-    pub prompt: Prompt,
-    /// The answer, without special tokens.
-    pub answer: String,
-}
 
 /// How an adapter is trained; the defaults are the published ones.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraTrainingConfig {
+    /// What the adapter is trained to do.
+    pub objective: TrainObjective,
     /// Rank, scale, dropout and layers of the adapter.
     pub lora: LoraConfig,
     /// Passes over the data.
@@ -58,6 +57,7 @@ pub struct LoraTrainingConfig {
 impl Default for LoraTrainingConfig {
     fn default() -> Self {
         Self {
+            objective: TrainObjective::Number,
             lora: LoraConfig::default(),
             epochs: 3,
             max_steps: None,
@@ -92,7 +92,7 @@ pub struct CurvePoint {
     pub step: usize,
     /// Passes over the data done.
     pub epoch: f64,
-    /// Mean loss of the step's answer tokens, in nats.
+    /// Mean loss of the step's answer tokens, or of its prompts with a head, in nats.
     pub loss: f64,
     /// The step's learning rate.
     pub learning_rate: f64,
@@ -129,6 +129,14 @@ pub enum LoraTrainingError {
         got: usize,
         /// The least allowed.
         least: usize,
+    },
+    /// An example without sampled lengths, which a head learns.
+    #[error(
+        "training example {index} has no lengths, which the head objective needs: make the pairs with `lengthwise label`"
+    )]
+    NoLengths {
+        /// Its place in the data, from 0.
+        index: usize,
     },
     /// An example does not fit the model's context.
     #[error("training example {index} has {got} tokens, the model takes at most {max}: leave it out or shorten it")]

@@ -19,12 +19,17 @@ impl Order {
         self.examples.div_ceil(self.batch_size * self.accumulation)
     }
 
+    /// All examples in the order of an epoch, from 0.
+    pub fn shuffled(&self, epoch: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.examples).collect();
+        let seed = self.seed ^ epoch.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        order.shuffle(&mut ChaCha8Rng::seed_from_u64(seed));
+        order
+    }
+
     pub fn step(&self, step: usize) -> Vec<Vec<usize>> {
         let (epoch, within) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
-        let mut order: Vec<usize> = (0..self.examples).collect();
-        order.shuffle(&mut ChaCha8Rng::seed_from_u64(
-            self.seed ^ (epoch as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15),
-        ));
+        let order = self.shuffled(epoch as u64);
         let per_step = self.batch_size * self.accumulation;
         let end = ((within + 1) * per_step).min(self.examples);
         order[within * per_step..end]

@@ -3,14 +3,16 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
-use lengthwise_model::{Adapter, Llama};
+use lengthwise_model::{Adapter, LengthHead, Llama, ModelError};
 
+use super::calibrate::calibrate;
 use super::checkpoint::{self, RunState};
 use super::curve::Curve;
-use super::order::Order;
+use super::data::{Batch, Data, Encoded};
+use super::tuned::Tuned;
 use super::{CurvePoint, LoraTrainingConfig, LoraTrainingError, TrainExample, TrainProgress, TrainRun};
 use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate};
-use crate::packed::{EncodedExample, Objective, PackedExamples};
+use crate::packed::{Objective, Shard};
 
 /// Parts of a forward pass that run side by side on the CPU.
 const SHARDS: usize = 2;
@@ -19,6 +21,8 @@ const SHARDS: usize = 2;
 pub struct TrainOutcome {
     /// The adapter that was saved: the best evaluated one, or the last without evaluation data.
     pub adapter: Adapter,
+    /// Its length head, where that was the objective.
+    pub head: Option<LengthHead>,
     /// Optimiser steps of the whole run.
     pub steps: usize,
     /// The step that the adapter was taken at.
@@ -27,8 +31,8 @@ pub struct TrainOutcome {
     pub eval_loss: Option<f64>,
 }
 
-/// Tunes an adapter on `examples` and writes it to the run's output folder in PEFT's format, with the loss curve
-/// beside it. With `eval` examples the best of the evaluated adapters is kept, else the last.
+/// Tunes an adapter on `examples` and writes it to the run's output folder in PEFT's format, with the length head, if
+/// there is one, and the loss curve beside it. With `eval` examples the best of the evaluated adapters is kept, else the last.
 ///
 /// # Errors
 /// See [`LoraTrainingError`]; the last checkpoint stays and `resume` goes on from it, exactly as if never stopped.
@@ -44,16 +48,7 @@ pub fn train(
         path: run.output.clone(),
         source,
     })?;
-    let data = Data {
-        train: encode(run, examples)?,
-        eval: encode(run, eval)?,
-        order: Order {
-            examples: examples.len(),
-            batch_size: config.batch_size,
-            accumulation: config.gradient_accumulation_steps,
-            seed: config.seed,
-        },
-    };
+    let data = Data::new(run, config, examples, eval)?;
     let mut trainer = Trainer::begin(run, config, &data)?;
     while trainer.state.step < trainer.rate.total_steps {
         let (point, tokens) = trainer.step(&data)?;
@@ -63,7 +58,7 @@ pub fn train(
             tokens,
         });
     }
-    trainer.finish()
+    trainer.finish(&data)
 }
 
 fn check(config: &LoraTrainingConfig, examples: &[TrainExample]) -> Result<(), LoraTrainingError> {
@@ -84,35 +79,12 @@ fn check(config: &LoraTrainingConfig, examples: &[TrainExample]) -> Result<(), L
     }
 }
 
-struct Data {
-    train: Vec<EncodedExample>,
-    eval: Vec<EncodedExample>,
-    order: Order,
-}
-
-fn encode(run: &TrainRun, examples: &[TrainExample]) -> Result<Vec<EncodedExample>, LoraTrainingError> {
-    let max = run.model.network.config().max_position_embeddings;
-    let encode = |(index, example): (usize, &TrainExample)| {
-        let encoded = EncodedExample::new(
-            &run.model.tokenizer,
-            &run.model.template,
-            &example.prompt,
-            &example.answer,
-        )?;
-        match encoded.tokens.len() {
-            got if got > max => Err(LoraTrainingError::ExampleTooLong { index, got, max }),
-            _ => Ok(encoded),
-        }
-    };
-    examples.iter().enumerate().map(encode).collect()
-}
-
 /// A run in progress.
 struct Trainer<'a> {
     run: &'a TrainRun<'a>,
     config: &'a LoraTrainingConfig,
     llama: &'a Llama,
-    adapter: Adapter,
+    tuned: Tuned,
     adamw: AdamW,
     rate: LearningRate,
     state: RunState,
@@ -134,7 +106,7 @@ impl<'a> Trainer<'a> {
         let fingerprint = fingerprint(run, config, data);
         let saved = match checkpoint::newest(&run.output) {
             Some(path) if run.resume => {
-                let saved = checkpoint::load(&path, llama.config(), llama.device())?;
+                let saved = checkpoint::load(&path, llama)?;
                 let pairs = saved.state.fingerprint.iter().zip(&fingerprint);
                 if let Some((_, (what, _))) = pairs.into_iter().find(|(a, b)| a != b) {
                     return Err(LoraTrainingError::OtherRun {
@@ -151,15 +123,15 @@ impl<'a> Trainer<'a> {
             }
             None => None,
         };
-        let adapter = match &saved {
-            Some(saved) => saved.adapter.clone(),
-            None => Adapter::init(llama.config(), config.lora.clone(), config.seed, llama.device())?,
+        let tuned = match &saved {
+            Some(saved) => saved.tuned.clone(),
+            None => Tuned::init(llama, config, &data.train)?,
         };
         let adamw_config = AdamWConfig {
             weight_decay: config.weight_decay,
             ..AdamWConfig::default()
         };
-        let mut adamw = AdamW::new(adapter.tensors(), adamw_config)?;
+        let mut adamw = AdamW::new(tuned.tensors(), adamw_config)?;
         saved.as_ref().map_or(Ok(()), |saved| saved.restore(&mut adamw))?;
         let state = saved.map_or(
             RunState {
@@ -174,7 +146,7 @@ impl<'a> Trainer<'a> {
             run,
             config,
             llama,
-            adapter,
+            tuned,
             adamw,
             rate,
             state,
@@ -213,7 +185,7 @@ impl<'a> Trainer<'a> {
             checkpoint::save(
                 &self.run.output,
                 &self.run.model.name,
-                &self.adapter,
+                &self.tuned,
                 &self.adamw,
                 &self.state,
             )?;
@@ -223,61 +195,73 @@ impl<'a> Trainer<'a> {
 
     fn gradients(&self, data: &Data, step: usize) -> Result<(f64, Gradients, usize), LoraTrainingError> {
         let passes = data.order.step(step);
-        let shards: Vec<Vec<PackedExamples>> = passes.iter().map(|pass| self.shards(&data.train, pass)).collect();
-        let answers: usize = shards.iter().flatten().map(PackedExamples::answer_tokens).sum();
-        let parameters = self.adapter.tensors();
+        let shards = passes.iter().map(|pass| self.shards(&data.train, pass));
+        let shards = shards.collect::<Result<Vec<Vec<Batch>>, _>>()?;
+        let targets: usize = shards.iter().flatten().map(Batch::targets).sum();
+        let parameters = self.tuned.tensors();
         let (mut loss, mut grads) = (0.0, Gradients::default());
         for (pass, shards) in shards.iter().enumerate() {
             let seed = hash(&(self.config.seed, step, pass));
             let objective = Objective {
                 llama: self.llama,
-                adapter: Some(&self.adapter),
+                adapter: Some(&self.tuned.adapter),
                 parameters: &parameters,
                 dropout: Some((self.config.lora.lora_dropout, seed)),
             };
-            loss += objective.gradients(shards, answers as f64, &mut grads)?;
+            loss += objective.gradients(shards, targets as f64, &mut grads)?;
         }
-        Ok((loss, grads, shards.iter().flatten().map(PackedExamples::tokens).sum()))
+        Ok((loss, grads, shards.iter().flatten().map(Batch::tokens).sum()))
     }
 
     /// A forward pass in parts that run side by side on the CPU; on another device it stays whole.
-    fn shards(&self, examples: &[EncodedExample], pass: &[usize]) -> Vec<PackedExamples> {
+    fn shards<'b>(&'b self, examples: &'b [Encoded], pass: &[usize]) -> Result<Vec<Batch<'b>>, ModelError> {
         let shards = if self.llama.device().is_cpu() { SHARDS } else { 1 };
         let parts = pass.chunks(pass.len().div_ceil(shards));
         parts
-            .map(|part| part.iter().map(|&i| examples[i].clone()).collect())
+            .map(|part| Batch::new(part.iter().map(|&i| &examples[i]), self.tuned.head.as_ref()))
             .collect()
     }
 
-    /// Mean loss over the evaluation data. The adapter is kept where it is the best so far.
-    fn evaluate(&mut self, eval: &[EncodedExample]) -> Result<f64, LoraTrainingError> {
-        let frozen = self.adapter.frozen()?;
-        let (mut sum, mut tokens) = (0.0, 0);
+    /// Mean loss over the evaluation data. What is trained is kept where it is the best so far.
+    fn evaluate(&mut self, eval: &[Encoded]) -> Result<f64, LoraTrainingError> {
+        let frozen = self.tuned.frozen()?;
+        let (mut sum, mut targets) = (0.0, 0);
         for batch in eval.chunks(self.config.batch_size) {
-            let packed: PackedExamples = batch.iter().cloned().collect();
-            let loss = packed.loss(self.llama, Some(&frozen), None, 1.0)?;
+            let batch = Batch::new(batch.iter(), frozen.head.as_ref())?;
+            let loss = batch.loss(self.llama, Some(&frozen.adapter), None, 1.0)?;
             sum += f64::from(loss.to_scalar::<f32>()?);
-            tokens += packed.answer_tokens();
+            targets += batch.targets();
         }
-        let loss = sum / tokens as f64;
+        let loss = sum / targets as f64;
         if self.state.best.is_none_or(|(best, _)| loss < best) {
             self.state.best = Some((loss, self.state.step));
-            self.adapter.save(&self.run.output.join("best"), &self.run.model.name)?;
+            frozen.save(&self.run.output.join("best"), &self.run.model.name)?;
         }
         Ok(loss)
     }
 
-    fn finish(self) -> Result<TrainOutcome, LoraTrainingError> {
-        let best = self.run.output.join("best");
-        let adapter = match self.state.best {
-            Some(_) => Adapter::load(&best, self.llama.config(), self.llama.device())?,
-            None => self.adapter.frozen()?,
+    fn finish(self, data: &Data) -> Result<TrainOutcome, LoraTrainingError> {
+        let (output, name) = (&self.run.output, &self.run.model.name);
+        let held_out = if data.eval.is_empty() {
+            &data.calibration
+        } else {
+            &data.eval
         };
-        adapter.save(&self.run.output, &self.run.model.name)?;
-        self.adapter.save(&self.run.output.join("last"), &self.run.model.name)?;
-        checkpoint::clear(&self.run.output)?;
+        let calibrated = |mut tuned: Tuned| {
+            calibrate(&mut tuned, self.llama, held_out)?;
+            Ok::<_, LoraTrainingError>(tuned)
+        };
+        let last = calibrated(self.tuned.frozen()?)?;
+        let kept = match self.state.best {
+            Some(_) => calibrated(Tuned::load(&output.join("best"), self.llama)?)?,
+            None => last.clone(),
+        };
+        kept.save(output, name)?;
+        last.save(&output.join("last"), name)?;
+        checkpoint::clear(output)?;
         Ok(TrainOutcome {
-            adapter,
+            adapter: kept.adapter,
+            head: kept.head,
             steps: self.rate.total_steps,
             best_step: self.state.best.map_or(self.rate.total_steps, |(_, step)| step),
             eval_loss: self.state.best.map(|(loss, _)| loss),
@@ -287,7 +271,7 @@ impl<'a> Trainer<'a> {
 
 /// Whatever changes the course of a run, by name; what may differ between a run and its resumption is left out.
 fn fingerprint(run: &TrainRun, config: &LoraTrainingConfig, data: &Data) -> Vec<(String, String)> {
-    let tokens = |examples: &[EncodedExample]| hash(&examples.iter().map(|e| &e.tokens).collect::<Vec<_>>());
+    let tokens = |examples: &[Encoded]| hash(&examples.iter().map(|e| (e.tokens(), e.lengths())).collect::<Vec<_>>());
     let settings = LoraTrainingConfig {
         save_steps: 0,
         ..config.clone()

@@ -39,7 +39,7 @@ impl ServedPredictor {
         let (stop, stopped) = oneshot::channel();
         let thread = std::thread::spawn(move || {
             let shutdown = async { stopped.await.unwrap_or(()) };
-            runtime.block_on(server.serve(Box::new(predictor), BatchingConfig::default(), info, shutdown))
+            runtime.block_on(server.serve(predictor, BatchingConfig::default(), info, shutdown))
         });
         let client = RemotePredictor::connect(&url)?;
         Ok(Self {

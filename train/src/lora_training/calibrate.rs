@@ -1,0 +1,73 @@
+//! A head's temperature and point estimate, fitted on instructions that it was not trained on.
+
+use lengthwise_model::{LengthDistribution, LengthHead, Llama, ModelError};
+
+use super::data::Encoded;
+use super::tuned::Tuned;
+
+/// Prompt tokens in one forward pass.
+const PASS_TOKENS: usize = 2048;
+
+/// Fits the head to `held_out`; without examples it stays as it is.
+///
+/// - `temperature` (Guo et al. 2017, arXiv 1706.04599): least mean negative log-likelihood of the sampled lengths.
+/// - `point_probability`: least mean absolute error of the largest sampled length. The samples of an instruction share
+///   what the head does not know of it, so that they are not independent given the prediction: the largest of four lies
+///   lower than `F⁴` says.
+pub(super) fn calibrate(tuned: &mut Tuned, llama: &Llama, held_out: &[Encoded]) -> Result<(), ModelError> {
+    let Some(head) = tuned.head.as_mut().filter(|_| !held_out.is_empty()) else {
+        return Ok(());
+    };
+    let prompts: Vec<&[u32]> = held_out.iter().map(Encoded::tokens).collect();
+    let logits = head.predict(llama, Some(&tuned.adapter), &prompts, PASS_TOKENS)?;
+    let lengths: Vec<&[u32]> = held_out.iter().map(Encoded::lengths).collect();
+    fit(head, &logits, &lengths)
+}
+
+fn fit(head: &mut LengthHead, logits: &[Vec<f32>], lengths: &[&[u32]]) -> Result<(), ModelError> {
+    // From 1/2 to 4 in steps of 3.5 %, short enough to be read back from JSON as they are.
+    let temperatures = (0..=60).map(|i| (500.0 * 2f64.powf(f64::from(i) / 20.0)).round() / 1000.0);
+    head.config.temperature = least(temperatures, |temperature| {
+        head.config.temperature = temperature;
+        let distributions = head.distributions(logits)?;
+        Ok(distributions
+            .iter()
+            .zip(lengths)
+            .map(|(f, l)| surprise(f, head, l))
+            .sum())
+    })?;
+    let distributions = head.distributions(logits)?;
+    let cap = head.config.bins.max_tokens();
+    let largest: Vec<u32> = lengths
+        .iter()
+        .map(|l| l.iter().copied().max().unwrap_or(0).min(cap))
+        .collect();
+    let error = |point: f64| {
+        let pairs = distributions.iter().zip(&largest);
+        Ok(pairs.map(|(f, &l)| f64::from(f.quantile(point).abs_diff(l))).sum())
+    };
+    head.config.point_probability = least((30..=98).map(|i| f64::from(i) / 100.0), error)?;
+    Ok(())
+}
+
+/// Mean negative log-likelihood of an instruction's sampled lengths, in nats.
+fn surprise(f: &LengthDistribution, head: &LengthHead, lengths: &[u32]) -> f64 {
+    let p = f.probabilities();
+    let one = |&tokens: &u32| -p[head.config.bins.of(tokens)].max(1e-12).ln();
+    lengths.iter().map(one).sum::<f64>() / lengths.len().max(1) as f64
+}
+
+/// The candidate with the least cost.
+fn least(
+    candidates: impl Iterator<Item = f64>,
+    mut cost: impl FnMut(f64) -> Result<f64, ModelError>,
+) -> Result<f64, ModelError> {
+    let mut best = (f64::INFINITY, 1.0);
+    for candidate in candidates {
+        let cost = cost(candidate)?;
+        if cost < best.0 {
+            best = (cost, candidate);
+        }
+    }
+    Ok(best.1)
+}
