@@ -7,6 +7,7 @@ mod pass;
 mod rope_scaling;
 #[cfg(test)]
 mod tests;
+mod train_pass;
 
 use std::sync::Arc;
 
@@ -21,6 +22,7 @@ use block::Block;
 use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
+pub use train_pass::TrainPass;
 
 /// A Llama-style decoder-only transformer.
 ///
@@ -137,7 +139,8 @@ impl Llama {
                     },
                 };
                 let hidden = self.hidden(&tokens, &pass)?;
-                let logits = self.logits(&hidden, &pass::last_rows(segments))?;
+                let sequences: Vec<&[u32]> = segments.iter().map(|s| s.tokens).collect();
+                let logits = self.logits(&hidden, &last_positions(&sequences))?;
                 cache.logits = logits.flatten_all()?.to_vec1()?;
             }
         }
@@ -177,13 +180,8 @@ impl Llama {
         adapter: Option<&Adapter>,
         dropout: Option<&Dropout>,
     ) -> Result<Tensor, ModelError> {
-        let mut end = 0;
-        let mut last = Vec::with_capacity(sequences.len());
-        for sequence in sequences {
-            end += sequence.len() as u32;
-            last.push(end.saturating_sub(1));
-        }
         let hidden = self.packed(sequences, adapter, dropout)?;
+        let last = last_positions(sequences);
         Ok(self.normed(&hidden, &last)?.to_dtype(DType::F32)?)
     }
 
@@ -249,12 +247,17 @@ impl Llama {
 
     /// Hidden states of every packed token, before the last norm, `[tokens, hidden]`.
     fn hidden(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, ModelError> {
-        let tokens = Tensor::new(tokens, self.device())?;
-        let mut x = self.embed_tokens.index_select(&tokens, 0)?;
+        let mut x = self.embed(tokens)?;
         for (layer, block) in self.blocks.iter().enumerate() {
             x = block.forward(&x, layer, pass)?;
         }
         Ok(x)
+    }
+
+    /// `[tokens, hidden]`.
+    fn embed(&self, tokens: &[u32]) -> Result<Tensor, ModelError> {
+        let tokens = Tensor::new(tokens, self.device())?;
+        Ok(self.embed_tokens.index_select(&tokens, 0)?)
     }
 
     fn logits(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
@@ -268,4 +271,13 @@ impl Llama {
         let wanted = hidden.index_select(&rows, 0)?;
         Ok(ops::rms_norm(&wanted, &self.norm, self.config.rms_norm_eps)?)
     }
+}
+
+/// The packed position of every sequence's last token.
+fn last_positions(sequences: &[&[u32]]) -> Vec<u32> {
+    let ends = sequences.iter().scan(0, |end, sequence| {
+        *end += sequence.len() as u32;
+        Some(end.saturating_sub(1))
+    });
+    ends.collect()
 }

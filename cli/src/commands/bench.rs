@@ -11,7 +11,7 @@ use lengthwise_core::{LengthPredictor, Prompt, Request, RequestId, SamplingParam
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceRequest, run_strategy};
 use lengthwise_model::LoadedModel;
 use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyReport, StrategyRow};
-use lengthwise_train::files::{InstructionRecord, LengthRecord, read_instructions, read_lengths};
+use lengthwise_train::files::{InstructionRecord, LengthRecord, read_instructions, read_lengths, write_atomic};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -59,6 +59,10 @@ pub struct BenchArgs {
     /// With --replay: recorded lengths are divided by this
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     divide_lengths: u32,
+    /// Write the requests as JSONL {"id", "prompt", "tokens"} (token ids; the replayed length), so that another engine
+    /// can be timed on the very same
+    #[arg(long, requires = "replay")]
+    export_workload: Option<PathBuf>,
     #[command(flatten)]
     cache: CacheArgs,
 }
@@ -76,6 +80,9 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
     let model = global.open_model()?;
     let mut decoder = local_decoder(&model, None, args.schedule.batch_size, args.cache.engine())?;
     let workload = workload(global, args, &decoder)?;
+    if let Some(path) = &args.export_workload {
+        write_atomic(path, &workload.sequences.iter().map(exported).collect::<String>())?;
+    }
     warm_up(&mut decoder, &workload)?;
     let cost = match args.schedule.wants_cost(&args.strategy) {
         true => Some(cost_model(&model, args.cache.engine())?),
@@ -159,6 +166,16 @@ fn from_instructions(
         prompts: Some(instructions.iter().map(|r| r.prompt.clone()).collect()),
         largest: source.map(table).transpose()?,
     })
+}
+
+/// A request as another engine is given it.
+fn exported(sequence: &SequenceRequest) -> String {
+    let value = serde_json::json!({
+        "id": sequence.id.as_str(),
+        "prompt": sequence.prompt,
+        "tokens": sequence.replay_tokens,
+    });
+    format!("{value}\n")
 }
 
 /// Prompts of random tokens, as long as real ones: what they say does not matter where lengths are replayed.

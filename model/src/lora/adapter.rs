@@ -182,7 +182,7 @@ pub(super) fn peft_name(layer: usize, kind: LinearKind, factor: char) -> String 
 
 /// Drops inputs of the low-rank terms during training. Seeded for one forward pass, so that a resumed run drops
 /// the same ones.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Dropout {
     probability: f64,
     rng: RefCell<ChaCha8Rng>,

@@ -64,12 +64,3 @@ pub(super) fn cached_rows(segments: &[Segment]) -> Vec<CachedRow> {
     };
     segments.iter().map(row).collect()
 }
-
-/// The packed row of every segment's last token.
-pub(super) fn last_rows(segments: &[Segment]) -> Vec<u32> {
-    let ends = segments.iter().scan(0, |end, segment| {
-        *end += segment.tokens.len() as u32;
-        Some(*end - 1)
-    });
-    ends.collect()
-}

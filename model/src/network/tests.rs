@@ -3,7 +3,9 @@
 use candle_core::{Device, Tensor};
 
 use crate::ops::testing::assert_close;
-use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, Segment, TargetModules, cross_entropy};
+use crate::{
+    Adapter, BlockTable, Dropout, KvCache, Llama, LoraConfig, Segment, TargetModules, TrainPass, cross_entropy,
+};
 
 const PROMPTS: [&[u32]; 3] = [&[3, 9, 4, 1, 7, 8, 20, 21, 22, 23, 5], &[6], &[30, 31, 32]];
 
@@ -117,6 +119,26 @@ fn every_lora_tensor_gets_a_gradient_and_no_frozen_weight_does() -> anyhow::Resu
         assert!(size > 0.0 && size.is_finite(), "{name}: gradient {size}");
     }
     assert!(grads.get(&llama.embed_tokens).is_none());
+    Ok(())
+}
+
+#[test]
+fn checkpointed_gradients_are_the_plain_ones_dropout_included() -> anyhow::Result<()> {
+    let llama = network()?;
+    let adapter = adapter(&llama)?;
+    let gradients = |checkpointing: bool| -> anyhow::Result<(f32, Vec<Tensor>)> {
+        let dropout = Dropout::new(0.3, 11);
+        let pass = TrainPass::new(&llama, Some(&adapter), Some(&dropout), checkpointing);
+        let loss = cross_entropy(&pass.logits(&PROMPTS, &[10, 11, 14])?, &[1, 2, 3], 3.0)?;
+        let stores = pass.backward(&loss)?;
+        let find = |tensor: Tensor| stores.iter().find_map(|s| s.get(&tensor)).cloned().expect("a gradient");
+        Ok((loss.to_scalar()?, adapter.tensors().into_values().map(find).collect()))
+    };
+    let ((loss, plain), (checkpointed_loss, checkpointed)) = (gradients(false)?, gradients(true)?);
+    assert_eq!(loss, checkpointed_loss);
+    for (got, want) in checkpointed.iter().zip(&plain) {
+        assert_close(got, want, 1e-6)?;
+    }
     Ok(())
 }
 

@@ -1,0 +1,140 @@
+//! Differentiable passes over whole sequences, and gradient checkpointing.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use candle_core::backprop::GradStore;
+use candle_core::{DType, Tensor, Var};
+
+use super::Llama;
+use super::pass::{Attention, Pass};
+use crate::ModelError;
+use crate::lora::{Adapter, Dropout};
+
+/// One differentiable pass of a frozen network with an adapter.
+///
+/// With checkpointing the forward pass keeps each layer's input alone, `[tokens, hidden]`, and the backward pass runs
+/// one layer after the other again: memory for one layer's activations instead of all, for a third more arithmetic.
+pub struct TrainPass<'a> {
+    llama: &'a Llama,
+    adapter: Option<&'a Adapter>,
+    dropout: Option<&'a Dropout>,
+    checkpoints: Option<RefCell<Vec<Checkpoint>>>,
+}
+
+/// What the backward pass needs of a forward pass that kept no graph.
+struct Checkpoint {
+    positions: Arc<[u32]>,
+    lengths: Arc<[usize]>,
+    /// Each layer's input and the state of the dropout before it.
+    layers: Vec<(Tensor, Option<Dropout>)>,
+    /// The last layer's output, from which the loss is computed.
+    top: Var,
+}
+
+impl<'a> TrainPass<'a> {
+    /// A pass that keeps every activation, or with `checkpointing` those between layers alone.
+    pub fn new(
+        llama: &'a Llama,
+        adapter: Option<&'a Adapter>,
+        dropout: Option<&'a Dropout>,
+        checkpointing: bool,
+    ) -> Self {
+        Self {
+            llama,
+            adapter,
+            dropout,
+            checkpoints: checkpointing.then(RefCell::default),
+        }
+    }
+
+    /// As [`Llama::forward_train`]: logits at packed positions, `[wanted, vocab]` in f32.
+    ///
+    /// # Errors
+    /// A sequence longer than the model's context, or the device failed.
+    pub fn logits(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
+        self.llama.logits(&self.hidden(sequences)?, wanted)
+    }
+
+    /// As [`Llama::last_hidden`]: each sequence's last hidden state, `[sequences, hidden]` in f32.
+    ///
+    /// # Errors
+    /// A sequence longer than the model's context, or the device failed.
+    pub fn last_hidden(&self, sequences: &[&[u32]]) -> Result<Tensor, ModelError> {
+        let hidden = self.hidden(sequences)?;
+        let last = super::last_positions(sequences);
+        Ok(self.llama.normed(&hidden, &last)?.to_dtype(DType::F32)?)
+    }
+
+    /// Gradients of everything that `loss`, computed from this pass, depends on; one store a layer with checkpointing.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn backward(&self, loss: &Tensor) -> Result<Vec<GradStore>, ModelError> {
+        let mut stores = vec![loss.backward()?];
+        let checkpoints = self.checkpoints.as_ref().map(RefCell::take).unwrap_or_default();
+        for checkpoint in checkpoints {
+            let Some(grad) = stores[0].get(checkpoint.top.as_tensor()).cloned() else {
+                continue;
+            };
+            self.backward_layers(&checkpoint, grad, &mut stores)?;
+        }
+        Ok(stores)
+    }
+
+    fn backward_layers(
+        &self,
+        checkpoint: &Checkpoint,
+        mut grad: Tensor,
+        stores: &mut Vec<GradStore>,
+    ) -> Result<(), ModelError> {
+        for (layer, (input, dropout)) in checkpoint.layers.iter().enumerate().rev() {
+            let x = Var::from_tensor(input)?;
+            let pass = self.pass(&checkpoint.positions, &checkpoint.lengths, dropout.as_ref());
+            let y = self.llama.blocks[layer].forward(x.as_tensor(), layer, &pass)?;
+            // The gradient of Σ y grad, grad a constant, is what the chain rule asks for.
+            let mut store = (y * grad)?.sum_all()?.backward()?;
+            let Some(below) = store.remove(x.as_tensor()) else {
+                return Ok(());
+            };
+            grad = below;
+            stores.push(store);
+        }
+        Ok(())
+    }
+
+    /// Hidden states of every packed token, before the last norm.
+    fn hidden(&self, sequences: &[&[u32]]) -> Result<Tensor, ModelError> {
+        let Some(checkpoints) = &self.checkpoints else {
+            return self.llama.packed(sequences, self.adapter, self.dropout);
+        };
+        let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)))?;
+        let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
+        let pass = self.pass(&positions, &lengths, self.dropout);
+        let mut x = self.llama.embed(&tokens)?.detach();
+        let mut layers = Vec::with_capacity(self.llama.blocks.len());
+        for (layer, block) in self.llama.blocks.iter().enumerate() {
+            layers.push((x.clone(), self.dropout.cloned()));
+            x = block.forward(&x, layer, &pass)?.detach();
+        }
+        let top = Var::from_tensor(&x)?;
+        let hidden = top.as_tensor().clone();
+        checkpoints.borrow_mut().push(Checkpoint {
+            positions,
+            lengths,
+            layers,
+            top,
+        });
+        Ok(hidden)
+    }
+
+    fn pass<'p>(&'p self, positions: &Arc<[u32]>, lengths: &Arc<[usize]>, dropout: Option<&'p Dropout>) -> Pass<'p> {
+        Pass {
+            positions: positions.clone(),
+            rope: &self.llama.rope,
+            adapter: self.adapter,
+            dropout,
+            attention: Attention::Packed(lengths.clone()),
+        }
+    }
+}
