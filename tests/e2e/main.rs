@@ -3,5 +3,6 @@
 mod architecture;
 mod bundled_model;
 mod cli;
+mod length_head;
 mod pipeline;
 mod support;
