@@ -66,3 +66,66 @@ impl LengthPredictor for HeadPredictor {
         Ok(prompts.into_iter().zip(inputs).map(result).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::{Device, Tensor};
+    use lengthwise_core::Prompt;
+    use lengthwise_model::{DTypeChoice, LengthBins, LengthHeadConfig, LoraConfig, TINY};
+
+    /// A head on the bundled model whose weights are not zero, so that prompts differ.
+    fn predictor() -> anyhow::Result<HeadPredictor> {
+        let device = Device::Cpu;
+        let model = LoadedModel::open(TINY, DTypeChoice::Auto, &device)?;
+        let hidden = model.network.config().hidden_size;
+        let config = LengthHeadConfig {
+            bins: LengthBins::new(200),
+            asks_length: false,
+            smoothing: 0.05,
+            samples: 4,
+            temperature: 1.0,
+            point_probability: 0.8,
+        };
+        let bins = config.bins.len();
+        let head = LengthHead::init(config, hidden, &vec![1.0 / bins as f32; bins], &device)?;
+        let wave: Vec<f32> = (0..bins * hidden).map(|i| (i as f32 * 0.37).sin() * 0.1).collect();
+        let weight = Tensor::from_vec(wave, (bins, hidden), &device)?;
+        head.tensors()["length_head.weight"].slice_set(&weight, 0, 0)?;
+        let adapter = Adapter::init(model.network.config(), LoraConfig::default(), 1, &device)?;
+        Ok(HeadPredictor::new(model, Arc::new(adapter), head))
+    }
+
+    fn input(text: &str, max_new_tokens: u32) -> PredictInput {
+        PredictInput {
+            prompt: Prompt::Instruction(text.to_owned()),
+            max_new_tokens,
+        }
+    }
+
+    #[test]
+    fn a_batch_says_what_each_prompt_gets_alone_and_a_bad_prompt_fails_alone() -> anyhow::Result<()> {
+        let mut predictor = predictor()?;
+        let long = "word ".repeat(4000);
+        let inputs = [
+            input("Tell me a story.", 200),
+            input(" ", 200),
+            input("Spell the word cat.", 200),
+            input(&long, 200),
+            input("Tell me a story.", 9),
+        ];
+        let results = predictor.predict(&inputs)?;
+        assert!(matches!(results[1], Err(PredictError::EmptyPrompt)));
+        assert!(matches!(results[3], Err(PredictError::PromptTooLong { .. })));
+        for i in [0, 2, 4] {
+            let alone = predictor.predict(&inputs[i..=i])?;
+            assert_eq!(alone[0].as_ref().ok(), results[i].as_ref().ok());
+        }
+        let (first, capped) = (results[0].as_ref().ok(), results[4].as_ref().ok());
+        let (first, capped) = (first.expect("predicted"), capped.expect("predicted"));
+        assert_ne!(first, results[2].as_ref().expect("predicted"), "prompts differ");
+        assert_eq!(capped, &first.clone().capped(9));
+        assert!(predictor.predict(&[])?.is_empty());
+        Ok(())
+    }
+}

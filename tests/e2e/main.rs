@@ -4,5 +4,6 @@ mod architecture;
 mod bundled_model;
 mod cli;
 mod hub;
+mod length_head;
 mod pipeline;
 mod support;

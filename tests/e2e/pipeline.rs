@@ -1,55 +1,14 @@
 //! The commands one after the other, killed and resumed, and what they say to bad input.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-use crate::support::{Run, binary, run};
-
-/// A temporary folder with some instructions.
-struct Folder {
-    dir: tempfile::TempDir,
-}
-
-impl Folder {
-    fn new(instructions: usize) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let split = lengthwise_train::language::Split::Train;
-        let questions = lengthwise_train::language::instructions(split, 3, instructions);
-        let line = |(i, q): (usize, &lengthwise_train::language::Question)| {
-            format!(
-                "{}\n",
-                serde_json::json!({"id": format!("q{i}"), "instruction": q.instruction})
-            )
-        };
-        let text: String = questions.iter().enumerate().map(line).collect();
-        fs::write(dir.path().join("in.jsonl"), text)?;
-        Ok(Self { dir })
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.path(name).display().to_string()
-    }
-
-    fn read(&self, name: &str) -> Result<String> {
-        fs::read_to_string(self.path(name)).with_context(|| name.to_owned())
-    }
-}
-
-fn succeed(args: &[&str]) -> Result<Run> {
-    let run = run(args)?;
-    ensure!(run.code == Some(0), "{args:?}: {}", run.stderr);
-    Ok(run)
-}
+use crate::support::{Folder, binary, run, start_server, succeed};
 
 /// Starts the binary, and kills it with SIGKILL as soon as `ready` holds.
 fn kill_when(args: &[&str], ready: impl Fn() -> bool) -> Result<()> {
@@ -76,20 +35,6 @@ fn kill_when(args: &[&str], ready: impl Fn() -> bool) -> Result<()> {
 
 fn lines(path: &Path) -> usize {
     fs::read_to_string(path).map_or(0, |text| text.lines().count())
-}
-
-/// Waits until the server says where it listens.
-fn start_server(args: &[&str]) -> Result<(Child, String)> {
-    let mut child = Command::new(binary()?)
-        .args(args)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()?;
-    let mut line = String::new();
-    BufReader::new(child.stdout.take().context("it is piped")?).read_line(&mut line)?;
-    let value: Value = serde_json::from_str(&line).with_context(|| format!("the server said \"{line}\""))?;
-    let address = value["listening"].as_str().context("there is an address")?;
-    Ok((child, format!("http://{address}")))
 }
 
 #[test]
@@ -120,6 +65,16 @@ fn a_killed_collection_resumes_to_the_same_file() -> Result<()> {
 
 #[test]
 fn a_killed_training_resumes_to_the_same_adapter() -> Result<()> {
+    resumes("number", &[])
+}
+
+#[test]
+fn a_killed_training_of_a_head_resumes_to_the_same_head() -> Result<()> {
+    resumes("head", &["length_head.safetensors", "length_head.json"])
+}
+
+/// Trains once through, and once killed and resumed; the loss curves, the adapters and `others` must be the same bytes.
+fn resumes(objective: &str, others: &[&str]) -> Result<()> {
     let folder = Folder::new(48)?;
     let (input, lengths, pairs) = (
         folder.text("in.jsonl"),
@@ -161,6 +116,7 @@ fn a_killed_training_resumes_to_the_same_adapter() -> Result<()> {
             pairs.clone(),
         ]);
         args.extend(["--output".to_owned(), folder.text(output)]);
+        args.extend(["--objective".to_owned(), objective.to_owned()]);
         args.extend(resume.then(|| "--resume".to_owned()));
         args
     };
@@ -183,9 +139,11 @@ fn a_killed_training_resumes_to_the_same_adapter() -> Result<()> {
     );
     run_args(args("killed", true))?;
     assert_eq!(folder.read("killed/loss.jsonl")?, folder.read("whole/loss.jsonl")?);
-    for name in ["adapter_model.safetensors", "last/adapter_model.safetensors"] {
-        let [a, b] = ["killed", "whole"].map(|run| fs::read(folder.path(run).join(name)));
-        assert!(a? == b?, "{name} differs");
+    for name in ["adapter_model.safetensors"].iter().chain(others) {
+        for within in ["", "last", "best"] {
+            let [a, b] = ["killed", "whole"].map(|run| fs::read(folder.path(run).join(within).join(name)));
+            assert!(a? == b?, "{within} {name} differs");
+        }
     }
     Ok(())
 }

@@ -1,12 +1,14 @@
 //! Running the binary as a user does.
 
 use std::fs::DirEntry;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::SystemTime;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
 /// The workspace's folder.
 pub fn workspace() -> PathBuf {
@@ -111,4 +113,63 @@ pub fn finish(command: &mut Command) -> Result<Run> {
         stdout: String::from_utf8(stdout)?,
         stderr: String::from_utf8(stderr)?,
     })
+}
+
+/// A temporary folder with some instructions.
+pub struct Folder {
+    dir: tempfile::TempDir,
+}
+
+impl Folder {
+    /// Writes `in.jsonl` with this many instructions of the bundled model's language.
+    pub fn new(instructions: usize) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let split = lengthwise_train::language::Split::Train;
+        let questions = lengthwise_train::language::instructions(split, 3, instructions);
+        let line = |(i, q): (usize, &lengthwise_train::language::Question)| {
+            format!(
+                "{}\n",
+                serde_json::json!({"id": format!("q{i}"), "instruction": q.instruction})
+            )
+        };
+        let text: String = questions.iter().enumerate().map(line).collect();
+        std::fs::write(dir.path().join("in.jsonl"), text)?;
+        Ok(Self { dir })
+    }
+
+    /// A file in it.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Its path as a flag.
+    pub fn text(&self, name: &str) -> String {
+        self.path(name).display().to_string()
+    }
+
+    /// Its text.
+    pub fn read(&self, name: &str) -> Result<String> {
+        std::fs::read_to_string(self.path(name)).with_context(|| name.to_owned())
+    }
+}
+
+/// A run that must end with 0.
+pub fn succeed(args: &[&str]) -> Result<Run> {
+    let run = run(args)?;
+    ensure!(run.code == Some(0), "{args:?}: {}", run.stderr);
+    Ok(run)
+}
+
+/// Waits until the server says where it listens.
+pub fn start_server(args: &[&str]) -> Result<(Child, String)> {
+    let mut child = Command::new(binary()?)
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().context("it is piped")?).read_line(&mut line)?;
+    let value: Value = serde_json::from_str(&line).with_context(|| format!("the server said \"{line}\""))?;
+    let address = value["listening"].as_str().context("there is an address")?;
+    Ok((child, format!("http://{address}")))
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::Tensor;
 use lengthwise_core::Prompt;
-use lengthwise_model::{Adapter, Dropout, Llama, ModelError, ModelTokenizer, PromptTemplate, cross_entropy};
+use lengthwise_model::{Adapter, Dropout, Llama, ModelError, ModelTokenizer, PromptTemplate, TrainPass, cross_entropy};
 
 use crate::optim::Gradients;
 
@@ -49,13 +49,7 @@ pub trait Shard: Sync {
     ///
     /// # Errors
     /// A sequence longer than the model's context, or the device failed.
-    fn loss(
-        &self,
-        llama: &Llama,
-        adapter: Option<&Adapter>,
-        dropout: Option<&Dropout>,
-        divisor: f64,
-    ) -> Result<Tensor, ModelError>;
+    fn loss(&self, pass: &TrainPass, divisor: f64) -> Result<Tensor, ModelError>;
 }
 
 /// Examples one behind the other, and which packed positions predict a token of an answer.
@@ -91,15 +85,9 @@ impl PackedExamples {
 }
 
 impl Shard for PackedExamples {
-    fn loss(
-        &self,
-        llama: &Llama,
-        adapter: Option<&Adapter>,
-        dropout: Option<&Dropout>,
-        divisor: f64,
-    ) -> Result<Tensor, ModelError> {
+    fn loss(&self, pass: &TrainPass, divisor: f64) -> Result<Tensor, ModelError> {
         let sequences: Vec<&[u32]> = self.sequences.iter().map(Vec::as_slice).collect();
-        let logits = llama.forward_train(&sequences, &self.positions, adapter, dropout)?;
+        let logits = pass.logits(&sequences, &self.positions)?;
         Ok(cross_entropy(&logits, &self.targets, divisor)?)
     }
 }
@@ -122,6 +110,8 @@ pub struct Objective<'a> {
     pub parameters: &'a BTreeMap<String, Tensor>,
     /// Share of the adapter's inputs dropped, and the seed of this step.
     pub dropout: Option<(f64, u64)>,
+    /// Keep no activations but those between layers; only where the weights are frozen.
+    pub checkpointing: bool,
 }
 
 impl Objective<'_> {
@@ -138,8 +128,9 @@ impl Objective<'_> {
             let dropout = self
                 .dropout
                 .map(|(p, seed)| Dropout::new(p, seed.wrapping_mul(31).wrapping_add(index)));
-            let loss = shard.loss(self.llama, self.adapter, dropout.as_ref(), divisor)?;
-            Ok((f64::from(loss.to_scalar::<f32>()?), loss.backward()?))
+            let pass = TrainPass::new(self.llama, self.adapter, dropout.as_ref(), self.checkpointing);
+            let loss = shard.loss(&pass, divisor)?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), pass.backward(&loss)?))
         };
         let run = &run;
         let results: Vec<_> = std::thread::scope(|scope| {
@@ -152,9 +143,11 @@ impl Objective<'_> {
         });
         let mut total = 0.0;
         for result in results {
-            let (loss, store) = result?;
+            let (loss, stores) = result?;
             total += loss;
-            grads.add(self.parameters, &store)?;
+            for store in &stores {
+                grads.add(self.parameters, store)?;
+            }
         }
         Ok(total)
     }

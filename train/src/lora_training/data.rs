@@ -1,7 +1,7 @@
 //! The examples of a run as tokens, and the shards of its forward passes.
 
 use candle_core::Tensor;
-use lengthwise_model::{Adapter, Dropout, LengthHead, Llama, ModelError};
+use lengthwise_model::{LengthHead, ModelError, TrainPass};
 
 use super::order::Order;
 use super::{
@@ -170,18 +170,10 @@ impl<'a> Batch<'a> {
 }
 
 impl Shard for Batch<'_> {
-    fn loss(
-        &self,
-        llama: &Llama,
-        adapter: Option<&Adapter>,
-        dropout: Option<&Dropout>,
-        divisor: f64,
-    ) -> Result<Tensor, ModelError> {
+    fn loss(&self, pass: &TrainPass, divisor: f64) -> Result<Tensor, ModelError> {
         match self {
-            Self::Answers(packed) => packed.loss(llama, adapter, dropout, divisor),
-            Self::Lengths { prompts, labels, head } => {
-                head.loss(&llama.last_hidden(prompts, adapter, dropout)?, labels, divisor)
-            }
+            Self::Answers(packed) => packed.loss(pass, divisor),
+            Self::Lengths { prompts, labels, head } => head.loss(&pass.last_hidden(prompts)?, labels, divisor),
         }
     }
 }

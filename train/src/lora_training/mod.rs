@@ -42,6 +42,9 @@ pub struct LoraTrainingConfig {
     pub batch_size: usize,
     /// Forward passes per optimiser step.
     pub gradient_accumulation_steps: usize,
+    /// Keep no activations but those between layers and compute the others again for the backward pass: a fraction of
+    /// the memory for a third more arithmetic, and the same gradients.
+    pub gradient_checkpointing: bool,
     /// Largest joint norm of a step's gradients; 0: not clipped.
     pub max_grad_norm: f64,
     /// Weight decay of AdamW.
@@ -66,6 +69,7 @@ impl Default for LoraTrainingConfig {
             warmup_ratio: 0.03,
             batch_size: 16,
             gradient_accumulation_steps: 1,
+            gradient_checkpointing: false,
             max_grad_norm: 1.0,
             weight_decay: 0.0,
             seed: 0,

@@ -3,7 +3,7 @@
 use std::collections::hash_map::DefaultHasher;
 use std::hash::{Hash, Hasher};
 
-use lengthwise_model::{Adapter, LengthHead, Llama, ModelError};
+use lengthwise_model::{Adapter, LengthHead, Llama, ModelError, TrainPass};
 
 use super::calibrate::calibrate;
 use super::checkpoint::{self, RunState};
@@ -207,6 +207,7 @@ impl<'a> Trainer<'a> {
                 adapter: Some(&self.tuned.adapter),
                 parameters: &parameters,
                 dropout: Some((self.config.lora.lora_dropout, seed)),
+                checkpointing: self.config.gradient_checkpointing,
             };
             loss += objective.gradients(shards, targets as f64, &mut grads)?;
         }
@@ -228,7 +229,8 @@ impl<'a> Trainer<'a> {
         let (mut sum, mut targets) = (0.0, 0);
         for batch in eval.chunks(self.config.batch_size) {
             let batch = Batch::new(batch.iter(), frozen.head.as_ref())?;
-            let loss = batch.loss(self.llama, Some(&frozen.adapter), None, 1.0)?;
+            let pass = TrainPass::new(self.llama, Some(&frozen.adapter), None, false);
+            let loss = batch.loss(&pass, 1.0)?;
             sum += f64::from(loss.to_scalar::<f32>()?);
             targets += batch.targets();
         }

@@ -197,6 +197,7 @@ impl Optimisers {
             adapter: None,
             parameters,
             dropout: None,
+            checkpointing: false,
         };
         let mut grads = Gradients::default();
         let loss = objective.gradients(batch, targets as f64, &mut grads)?;
