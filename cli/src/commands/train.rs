@@ -1,6 +1,7 @@
 //! `train`: tune an adapter.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use clap::{Args, ValueEnum};
 use lengthwise_model::{LoadedModel, LoraConfig, TargetModules};
@@ -175,7 +176,8 @@ pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {
         .unwrap_or_default();
     let model = global.open_model()?;
     let config = args.config(global.seed);
-    let outcome = train_with_bar(&model, &args.output, args.resume, &config, &data, &eval)?;
+    let began = Instant::now();
+    let (outcome, tokens) = train_with_bar(&model, &args.output, args.resume, &config, &data, &eval)?;
     tracing::info!(
         "adapter of step {} written to {}",
         outcome.best_step,
@@ -184,13 +186,13 @@ pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {
     match global.json {
         true => print_json(&serde_json::json!({
             "output": args.output, "steps": outcome.steps, "best_step": outcome.best_step,
-            "eval_loss": outcome.eval_loss,
+            "eval_loss": outcome.eval_loss, "tokens": tokens, "seconds": began.elapsed().as_secs_f64(),
         })),
         false => Ok(()),
     }
 }
 
-/// Trains under a progress bar.
+/// Trains under a progress bar. Returns the tokens that went through the network too.
 pub fn train_with_bar(
     model: &LoadedModel,
     output: &Path,
@@ -198,7 +200,7 @@ pub fn train_with_bar(
     config: &LoraTrainingConfig,
     data: &[Pair],
     eval: &[Pair],
-) -> anyhow::Result<TrainOutcome> {
+) -> anyhow::Result<(TrainOutcome, u64)> {
     let examples =
         |pairs: &[Pair]| -> Vec<TrainExample> { pairs.iter().map(|pair| config.objective.example(pair)).collect() };
     let run = TrainRun {
@@ -218,5 +220,5 @@ pub fn train_with_bar(
     if let Some(bar) = bar {
         bar.finish();
     }
-    Ok(outcome)
+    Ok((outcome, tokens))
 }
