@@ -80,7 +80,7 @@ impl LengthBins {
         };
         let weights: Vec<f64> = (0..self.len()).map(weight).collect();
         let sum: f64 = weights.iter().sum();
-        if tokens >= self.max_tokens() || smoothing <= 0.0 || !(sum > 0.0) {
+        if tokens >= self.max_tokens() || smoothing <= 0.0 || !sum.is_normal() {
             label[bin] += mass;
             return;
         }
