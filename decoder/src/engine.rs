@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
 use lengthwise_model::{Adapter, KvCache, Llama, Segment, kv_bytes_per_token};
+use rayon::prelude::*;
 
 use crate::SequenceRequest;
 use crate::sequence::Sequence;
@@ -28,6 +29,9 @@ impl Default for EngineConfig {
 
 /// Size of the KV cache where none is asked for.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
+
+/// Logits below which one thread draws all tokens: waking another costs some microseconds.
+const DRAW_SERIALLY_BELOW: usize = 1 << 16;
 
 /// A model with a KV cache, and an adapter or none.
 pub struct Engine {
@@ -132,11 +136,17 @@ impl Engine {
             .model
             .forward(&segments, &mut self.cache, self.adapter.as_deref())
             .map_err(DecodeError::model)?;
-        let rows = logits.chunks_exact(self.model.config().vocab_size);
-        for ((i, &n), logits) in running().zip(rows) {
-            sequences[i].advance(n, logits, &self.eos).map_err(DecodeError::model)?;
+        let vocab = self.model.config().vocab_size;
+        let ran = sequences.iter_mut().zip(&counts).filter(|(_, n)| **n > 0);
+        let drawn: Vec<_> = ran.zip(logits.chunks_exact(vocab)).collect();
+        let advance = |((sequence, n), logits): ((&mut &mut Sequence, &usize), &[f32])| {
+            sequence.advance(*n, logits, &self.eos).map_err(DecodeError::model)
+        };
+        // Each request has its own random stream, so the order of the draws does not matter.
+        match logits.len() < DRAW_SERIALLY_BELOW {
+            true => drawn.into_iter().try_for_each(advance),
+            false => drawn.into_par_iter().try_for_each(advance),
         }
-        Ok(())
     }
 
     /// How many tokens of each sequence go into the next pass: decoding rows always one, prompts share what a pass

@@ -5,6 +5,7 @@ use rand::{RngCore, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::ModelError;
+use crate::ops::vector;
 
 /// Draws one request's tokens. The n-th token depends on the request's seed and the logits alone: exactly one random
 /// number is taken per token, so a request's sample does not depend on its batch.
@@ -115,7 +116,14 @@ fn pick(candidates: &[(u32, f32)], draw: f64) -> Option<u32> {
     candidates.last().map(|(token, _)| *token)
 }
 
+/// The largest finite logit and the first token that has it.
 fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
+    // Nearly always all are finite, and then the largest is found many at a time.
+    let largest = vector::max(logits);
+    if largest.is_finite() {
+        let first = logits.iter().position(|l| *l == largest)?;
+        return Some((first as u32, largest));
+    }
     let mut best: Option<(u32, f32)> = None;
     for (token, &logit) in logits.iter().enumerate() {
         if logit.is_finite() && best.is_none_or(|(_, b)| logit > b) {
