@@ -4,5 +4,6 @@ mod architecture;
 mod bundled_model;
 mod cli;
 mod hub;
+mod loading;
 mod pipeline;
 mod support;
