@@ -1,17 +1,18 @@
 //! A checkpoint's tensors by their Hugging Face names.
 
 mod mapped;
+mod pickled;
 
 use std::collections::{BTreeSet, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::BufferedSafetensors;
-use candle_core::{DType, Device, Tensor, pickle};
+use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
 use crate::ModelError;
 use mapped::Mapped;
+use pickled::Pickled;
 
 /// Tensors that are read, converted and moved to the device when they are asked for.
 pub struct Weights {
@@ -24,8 +25,8 @@ enum Source {
     Memory(HashMap<String, Tensor>),
     Buffer(BufferedSafetensors),
     Safetensors(Mapped),
-    /// PyTorch's `.bin`: a zip file with a pickle that is interpreted, never executed.
-    Pickle(Vec<pickle::PthTensors>),
+    /// PyTorch's `.bin`.
+    Pickle(Vec<Pickled>),
 }
 
 #[derive(Deserialize)]
@@ -41,7 +42,7 @@ impl Weights {
     pub fn open(folder: &Path, dtype: DType, device: &Device) -> Result<Self, ModelError> {
         let source = match (files(folder, "model.safetensors")?, files(folder, "pytorch_model.bin")?) {
             (Some(files), _) => Source::Safetensors(Mapped::open(&files)?),
-            (None, Some(files)) => Source::Pickle(files.iter().map(|f| open_pickle(f)).collect::<Result<_, _>>()?),
+            (None, Some(files)) => Source::Pickle(files.iter().map(|f| Pickled::open(f)).collect::<Result<_, _>>()?),
             (None, None) => {
                 let reason = "no model.safetensors, pytorch_model.bin or an index of either".to_owned();
                 return Err(ModelError::BadFile {
@@ -88,7 +89,7 @@ impl Weights {
             Source::Memory(tensors) => tensors.contains_key(name),
             Source::Buffer(file) => file.get(name).is_ok(),
             Source::Safetensors(files) => files.place(name).is_some(),
-            Source::Pickle(files) => files.iter().any(|f| f.tensor_infos().contains_key(name)),
+            Source::Pickle(files) => files.iter().any(|f| f.info(name).is_some()),
         }
     }
 
@@ -127,13 +128,13 @@ impl Weights {
             Source::Safetensors(files) => {
                 let place = files.place(name).ok_or_else(missing)?;
                 check(name, &place.shape, shape, place.dtype)?;
-                Ok(files.load(place, &self.device)?)
+                Ok(files.load(place, self.dtype, &self.device)?)
             }
             Source::Pickle(files) => {
-                let found = files.iter().find_map(|f| Some((f, f.tensor_infos().get(name)?)));
+                let found = files.iter().find_map(|f| Some((f, f.info(name)?)));
                 let (file, info) = found.ok_or_else(missing)?;
                 check(name, info.layout.dims(), shape, Some(info.dtype))?;
-                caught(|| file.get(name))?.ok_or_else(missing)
+                Ok(file.load(name, info, self.dtype, &self.device)?)
             }
         }
     }
@@ -155,13 +156,6 @@ fn check(name: &str, got: &[usize], want: &[usize], dtype: Option<DType>) -> Res
             dtype: other.map_or("unknown", |d| d.as_str()).to_owned(),
         }),
     }
-}
-
-/// Runs candle's pickle reader, which never executes what it reads but indexes into it unchecked: a damaged file may
-/// panic it, and is an error here.
-fn caught<T>(read: impl FnOnce() -> candle_core::Result<T>) -> candle_core::Result<T> {
-    let panicked = |_| Err(candle_core::Error::Msg("malformed pickle".to_owned()));
-    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(panicked)
 }
 
 /// Whether a folder has weights in one of the forms that [`Weights::open`] knows, all shards included.
@@ -194,19 +188,6 @@ fn files(folder: &Path, name: &str) -> Result<Option<Vec<PathBuf>>, ModelError> 
     match shards.iter().find(|s| !s.is_file()) {
         Some(shard) => Err(bad(format!("it names a shard that is missing: {}", shard.display()))),
         None => Ok(Some(shards)),
-    }
-}
-
-fn open_pickle(path: &Path) -> Result<pickle::PthTensors, ModelError> {
-    let bad = |reason: String| ModelError::BadFile {
-        path: path.to_owned(),
-        reason,
-    };
-    let opened = caught(|| pickle::PthTensors::new(path, None));
-    let tensors = opened.map_err(|err| bad(format!("truncated or not a PyTorch checkpoint ({err})")))?;
-    match tensors.tensor_infos().is_empty() {
-        true => Err(bad("it holds no tensors by name: not a state dict".to_owned())),
-        false => Ok(tensors),
     }
 }
 

@@ -5,5 +5,6 @@ mod bundled_model;
 mod cli;
 mod hub;
 mod length_head;
+mod loading;
 mod pipeline;
 mod support;

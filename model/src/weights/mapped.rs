@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Result, Tensor};
+use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::SafeTensors;
 
@@ -68,16 +69,50 @@ impl Mapped {
         self.tensors.get(name)
     }
 
-    /// The tensor as it is stored.
-    pub fn load(&self, place: &Place, device: &Device) -> Result<Tensor> {
-        let file = &self.files[place.file];
+    /// The tensor as it is stored, see [`read`].
+    pub fn load(&self, place: &Place, wanted: DType, device: &Device) -> Result<Tensor> {
         let Some(dtype) = place.dtype else {
             candle_core::bail!("a dtype without a name")
         };
-        let tensor = Tensor::from_raw_buffer(&file[place.bytes.clone()], dtype, &place.shape, device)?;
-        release(file, &place.bytes);
-        Ok(tensor)
+        let stored = Stored {
+            file: &self.files[place.file],
+            bytes: place.bytes.clone(),
+            dtype,
+            shape: &place.shape,
+        };
+        read(&stored, wanted, device)
     }
+}
+
+/// A tensor in a mapped file.
+pub(super) struct Stored<'a> {
+    pub file: &'a Mmap,
+    pub bytes: Range<usize>,
+    pub dtype: DType,
+    pub shape: &'a [usize],
+}
+
+/// The tensor as it is stored; where f32 is wanted on the CPU, in f32 with no copy in between: 16 bits are widened on the
+/// way, and values that do not lie on a multiple of their size, as in some zip files, are not copied to where they do.
+pub(super) fn read(stored: &Stored, wanted: DType, device: &Device) -> Result<Tensor> {
+    let bytes = &stored.file[stored.bytes.clone()];
+    let here = wanted == DType::F32 && device.is_cpu();
+    let values = match stored.dtype {
+        DType::F32 if here => Some(floats(bytes, f32::from_le_bytes)),
+        DType::BF16 if here => Some(floats(bytes, |b| bf16::from_le_bytes(b).to_f32())),
+        DType::F16 if here => Some(floats(bytes, |b| f16::from_le_bytes(b).to_f32())),
+        _ => None,
+    };
+    let tensor = match values {
+        Some(values) => Tensor::from_vec(values, stored.shape, device)?,
+        None => Tensor::from_raw_buffer(bytes, stored.dtype, stored.shape, device)?,
+    };
+    release(stored.file, &stored.bytes);
+    Ok(tensor)
+}
+
+fn floats<const N: usize>(bytes: &[u8], read: impl Fn([u8; N]) -> f32) -> Vec<f32> {
+    bytes.as_chunks::<N>().0.iter().map(|chunk| read(*chunk)).collect()
 }
 
 /// Lets go of the pages that were read. They are the file's, so that the kernel can drop them when it needs room, but

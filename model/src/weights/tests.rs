@@ -65,9 +65,11 @@ fn a_missing_tensor_is_named() -> anyhow::Result<()> {
 
 #[test]
 fn values_are_converted_and_quantised_ones_refused() -> anyhow::Result<()> {
-    let dir = folder_with(&Tensor::new(&[1.5f32, -2.0], &Device::Cpu)?.to_dtype(DType::BF16)?)?;
-    let weights = Weights::open(dir.path(), DType::F32, &Device::Cpu)?;
-    assert_eq!(weights.get("w", &[2])?.to_vec1::<f32>()?, [1.5, -2.0]);
+    for dtype in [DType::BF16, DType::F16, DType::F64] {
+        let dir = folder_with(&Tensor::new(&[1.5f32, -2.0], &Device::Cpu)?.to_dtype(dtype)?)?;
+        let weights = Weights::open(dir.path(), DType::F32, &Device::Cpu)?;
+        assert_eq!(weights.get("w", &[2])?.to_vec1::<f32>()?, [1.5, -2.0]);
+    }
     let dir = folder_with(&Tensor::zeros(2, DType::U8, &Device::Cpu)?)?;
     assert!(error(dir.path(), &[2]).contains("dtype u8; supported are f32"));
     Ok(())
