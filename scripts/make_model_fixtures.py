@@ -1,10 +1,15 @@
 """Writes model/fixtures/: what the tests of lengthwise-model read.
 
-    python scripts/make_model_fixtures.py [tokenizer.model]
+    python scripts/make_model_fixtures.py [tokenizer.model [ROWS OUTPUT]]
 
 - pytorch_model.bin: two tensors as torch.save writes them, one a slice of a larger storage (torch 2.15.0).
-- sentencepiece.json: texts and their ids by SentencePiece 0.2.3, for LLaMA's tokenizer.model (given as the argument,
-  not part of the project; without it this file is left as it is).
+- sentencepiece.json: texts, their ids and what these decode to by SentencePiece 0.2.3, for LLaMA's tokenizer.model (given
+  as the argument, not part of the project; without it this file is left as it is).
+
+With ROWS and OUTPUT only that many texts are written, elsewhere; LENGTHWISE_TOKENIZER_ROWS=OUTPUT has the test read them:
+
+    python scripts/make_model_fixtures.py tokenizer.model 12000 /tmp/rows.json
+    LENGTHWISE_SHARED_DATA=... LENGTHWISE_TOKENIZER_ROWS=/tmp/rows.json cargo test --release -p lengthwise-model llamas_ids
 """
 import json
 import random
@@ -34,16 +39,24 @@ def texts(count: int) -> list[str]:
     return fixed + made
 
 
+def sentencepiece_rows(model: str, count: int) -> str:
+    import sentencepiece
+
+    sp = sentencepiece.SentencePieceProcessor(model_file=model)
+    rows = [[text, sp.encode(text), sp.decode(sp.encode(text))] for text in texts(count)]
+    return json.dumps(rows, separators=(",", ":")).replace("\"],[\"", "\"],\n[\"") + "\n"
+
+
 def main() -> None:
+    if len(sys.argv) == 4:
+        Path(sys.argv[3]).write_text(sentencepiece_rows(sys.argv[1], int(sys.argv[2])))
+        return
     FOLDER.mkdir(exist_ok=True)
     whole = torch.arange(12, dtype=torch.float32).reshape(4, 3)
     state = {"w": whole[1:3], "b": torch.tensor([0.5, -2.0], dtype=torch.bfloat16)}
     torch.save(state, FOLDER / "pytorch_model.bin")
     if len(sys.argv) > 1:
-        import sentencepiece
-        sp = sentencepiece.SentencePieceProcessor(model_file=sys.argv[1])
-        rows = [[text, sp.encode(text)] for text in texts(int(sys.argv[2]) if len(sys.argv) > 2 else 250)]
-        (FOLDER / "sentencepiece.json").write_text(json.dumps(rows, separators=(",", ":")).replace("],[\"", "],\n[\"") + "\n")
+        (FOLDER / "sentencepiece.json").write_text(sentencepiece_rows(sys.argv[1], 250))
 
 
 main()

@@ -208,3 +208,63 @@ impl Tile {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Result, Tensor};
+
+    use super::*;
+    use crate::ModelConfig;
+    use crate::cpu::HostCache;
+    use crate::ops::attend_stock;
+    use crate::ops::testing::{assert_close, random};
+
+    /// A prefill of nine tokens behind two, and a decode step behind 35, in blocks that lie scattered.
+    fn check(shape: AttentionShape) -> Result<()> {
+        let config = ModelConfig {
+            num_key_value_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            ..crate::testing::config()
+        };
+        let mut cache = HostCache::new(&config, 8);
+        let cache = &mut cache.layers[0];
+        let sequences = [(9, 2, vec![5]), (1, 35, vec![7, 0, 3])];
+        let q = random(&[10, shape.q_width()], 3)?;
+        let (mut spans, mut wants, mut row) = (Vec::new(), Vec::new(), 0);
+        for (i, (rows, start, blocks)) in sequences.iter().enumerate() {
+            let tokens = start + rows;
+            let k = random(&[tokens, shape.kv_width()], 10 + i as u64)?;
+            let v = random(&[tokens, shape.kv_width()], 20 + i as u64)?;
+            for (position, (k, v)) in k.to_vec2()?.iter().zip(v.to_vec2()?).enumerate() {
+                cache.write(blocks, position, k, &v);
+            }
+            wants.push(attend_stock(&q.narrow(0, row, *rows)?, &k, &v, *start, shape)?);
+            spans.push(Span {
+                row,
+                rows: *rows,
+                start: *start,
+                blocks,
+            });
+            row += rows;
+        }
+        let mut got = vec![0f32; 10 * shape.q_width()];
+        attend(&q.flatten_all()?.to_vec1::<f32>()?, cache, &spans, shape, &mut got);
+        let got = Tensor::from_vec(got, (10, shape.q_width()), &Device::Cpu)?;
+        assert_close(&got, &Tensor::cat(&wants, 0)?, 1e-5)
+    }
+
+    #[test]
+    fn scattered_blocks_attend_as_whole_sequences() -> Result<()> {
+        for (heads, kv_heads, head_dim) in [(4, 2, 8), (3, 3, 20), (8, 1, 16)] {
+            for window in [None, Some(3), Some(20)] {
+                check(AttentionShape {
+                    heads,
+                    kv_heads,
+                    head_dim,
+                    window,
+                })?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -84,7 +84,7 @@ fn stock(q: &Tensor, k: &Tensor, v: &Tensor, lengths: &[usize], shape: Attention
 }
 
 /// Attention of one sequence with candle's ops: the queries stand at positions `start..`, the keys at `0..`.
-pub(super) fn attend_stock(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, shape: AttentionShape) -> Result<Tensor> {
+pub(crate) fn attend_stock(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, shape: AttentionShape) -> Result<Tensor> {
     let (queries, keys) = (q.dim(0)?, k.dim(0)?);
     let split = |x: &Tensor, rows, heads| x.reshape((rows, heads, shape.head_dim))?.transpose(0, 1)?.contiguous();
     let repeat = |x: Tensor| -> Result<Tensor> {

@@ -13,6 +13,8 @@ mod rope;
 mod swiglu;
 pub(crate) mod vector;
 
+#[cfg(test)]
+pub(crate) use attention::attend_stock;
 pub(crate) use attention::{AttentionShape, packed_attention};
 pub use cross_entropy::cross_entropy;
 pub(crate) use linear::{linear, packed_linear};

@@ -1,0 +1,55 @@
+//! Time to plan 10,000 requests: `cargo bench -p lengthwise-scheduler`.
+#![allow(missing_docs)]
+
+use std::convert::Infallible;
+use std::num::NonZeroUsize;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use lengthwise_scheduler::{
+    BatchExecutor, BatchRun, CostModel, Job, Outcome, PlannedBatch, ScheduleConfig, Strategy, run_groups,
+};
+
+/// Answers at once, so that what is timed is the planning.
+struct AtOnce;
+
+impl BatchExecutor for AtOnce {
+    type Error = Infallible;
+
+    fn run_batch(&mut self, batch: &PlannedBatch) -> Result<BatchRun, Infallible> {
+        let outcome = |id: &lengthwise_core::RequestId| (id.clone(), Outcome::Finished { tokens: 1 });
+        Ok(BatchRun {
+            steps: 1,
+            slot_steps: batch.ids.len() as u64,
+            outcomes: batch.ids.iter().map(outcome).collect(),
+        })
+    }
+}
+
+fn planning(criterion: &mut Criterion) {
+    let jobs: Vec<Job> = (0..10_000u32)
+        .map(|i| Job {
+            id: i.to_string().into(),
+            // A long-tailed mixture of lengths.
+            predicted: 1 + (i * 7919 % 997) * (i * 104_729 % 991) / 1940,
+        })
+        .collect();
+    let cost = CostModel {
+        step: 3e-3,
+        row: 1e-5,
+        cached_token: 2e-8,
+        prompt_token: 1e-5,
+    };
+    for (name, cost) in [("published", None), ("cost", Some(cost))] {
+        let config = ScheduleConfig {
+            group_size: NonZeroUsize::new(jobs.len()).expect("there are jobs"),
+            ..ScheduleConfig::new(Strategy::SeqSch)
+        };
+        let config = config.with(true, true).planned_by(cost);
+        criterion.bench_function(&format!("plan 10,000 requests, {name}"), |bencher| {
+            bencher.iter(|| run_groups(&jobs, &config, &mut AtOnce).expect("it cannot fail"));
+        });
+    }
+}
+
+criterion_group!(benches, planning);
+criterion_main!(benches);
