@@ -131,6 +131,16 @@ fn bin_and_safetensors_give_the_same_bytes() -> Result<()> {
 
 /// Answers of the bundled model under another generation_config.json.
 fn generate(generation: &str, flags: &[&str], instruction: &str) -> Result<(Option<i32>, String)> {
+    generate_within(1024, generation, flags, instruction)
+}
+
+/// The same with so many positions.
+fn generate_within(
+    positions: usize,
+    generation: &str,
+    flags: &[&str],
+    instruction: &str,
+) -> Result<(Option<i32>, String)> {
     let folder = tempfile::tempdir()?;
     let path = |name: &str| folder.path().join(name).display().to_string();
     for entry in std::fs::read_dir(workspace().join("data/tiny"))? {
@@ -138,6 +148,10 @@ fn generate(generation: &str, flags: &[&str], instruction: &str) -> Result<(Opti
         std::fs::copy(entry.path(), folder.path().join(entry.file_name()))?;
     }
     std::fs::write(path("generation_config.json"), generation)?;
+    let config = std::fs::read_to_string(path("config.json"))?;
+    let mut config: serde_json::Value = serde_json::from_str(&config)?;
+    config["max_position_embeddings"] = positions.into();
+    std::fs::write(path("config.json"), config.to_string())?;
     let line = |id: u32| {
         format!(
             "{}\n",
@@ -194,5 +208,20 @@ fn a_prompt_longer_than_the_models_positions_is_one_line() -> Result<()> {
         text.starts_with("error: ") && text.contains("the model takes at most 1023"),
         "{text}"
     );
+    Ok(())
+}
+
+#[test]
+fn an_answer_ends_at_the_models_last_position() -> Result<()> {
+    let tokens = |positions: usize| {
+        let (code, text) = generate_within(positions, "{}", &[], "Write 200 words about rivers.")?;
+        ensure!(code == Some(0), "{text}");
+        let first: serde_json::Value = serde_json::from_str(text.lines().next().unwrap_or_default())?;
+        ensure!(first["finish"] == "length", "{text}");
+        first["tokens"].as_u64().context("no tokens")
+    };
+    let (fewer, more) = (tokens(60)?, tokens(70)?);
+    assert!(more < 60, "the cap, not the positions, ended it");
+    assert_eq!(fewer + 10, more);
     Ok(())
 }
