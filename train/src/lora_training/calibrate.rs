@@ -71,3 +71,40 @@ fn least(
     }
     Ok(best.1)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use lengthwise_model::{LengthBins, LengthHeadConfig};
+
+    #[test]
+    fn the_temperature_makes_the_shares_true_and_the_point_is_the_median_of_the_largest() -> anyhow::Result<()> {
+        let config = LengthHeadConfig {
+            bins: LengthBins::new(3),
+            asks_length: false,
+            smoothing: 0.0,
+            samples: 2,
+            temperature: 1.0,
+            point_probability: 0.7071,
+        };
+        let mut head = LengthHead::init(config, 1, &[1.0; 3], &Device::Cpu)?;
+        // Odds of 9 to 1 are said of a length of 1 or 3, odds of 3 to 1 are true: at the temperature 2, √9 = 3.
+        let logits = vec![vec![9f32.ln(), -30.0, 0.0]; 2];
+        let samples: [&[u32]; 2] = [&[1, 1], &[1, 3]];
+        fit(&mut head, &logits, &samples)?;
+        assert!(
+            (head.config.temperature - 2.0).abs() < 0.04,
+            "{}",
+            head.config.temperature
+        );
+        // The largest are 1 and 3: every point has the same error, and the first candidate stays.
+        assert!((head.config.point_probability - 0.3).abs() < 1e-9);
+        // The largest are 1, 3 and 3: only what lies above the share of 1 says 3.
+        let (logits, samples): (Vec<_>, [&[u32]; 3]) = (vec![logits[0].clone(); 3], [&[1, 1], &[1, 3], &[3, 1]]);
+        fit(&mut head, &logits, &samples)?;
+        let f = head.distributions(&logits)?;
+        assert_eq!(f[0].quantile(head.config.point_probability), 3);
+        Ok(())
+    }
+}
