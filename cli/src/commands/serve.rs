@@ -22,7 +22,7 @@ use crate::predictions::local_predictor;
 /// Flags of `serve`.
 #[derive(Args)]
 pub struct ServeArgs {
-    /// A length adapter; without one the untuned model is asked (PiA)
+    /// A length adapter, best one with a head (train --objective head); without one the untuned model is asked (PiA)
     #[arg(long)]
     adapter: Option<PathBuf>,
     /// Say this length of every prompt, without a model

@@ -76,7 +76,7 @@ fn least(
 mod tests {
     use super::*;
     use candle_core::Device;
-    use lengthwise_model::{LengthBins, LengthHeadConfig};
+    use lengthwise_model::{LengthBins, LengthHeadConfig, largest_of};
 
     #[test]
     fn the_temperature_makes_the_shares_true_and_the_point_is_the_median_of_the_largest() -> anyhow::Result<()> {
@@ -86,7 +86,7 @@ mod tests {
             smoothing: 0.0,
             samples: 2,
             temperature: 1.0,
-            point_probability: 0.7071,
+            point_probability: largest_of(2),
         };
         let mut head = LengthHead::init(config, 1, &[1.0; 3], &Device::Cpu)?;
         // Odds of 9 to 1 are said of a length of 1 or 3, odds of 3 to 1 are true: at the temperature 2, √9 = 3.
