@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use super::cache::LayerCache;
-use super::panel::{LANES, Output, Rows, TILE_ROWS, tile};
+use super::panel::{LANES, Output, Rows, TILE_ROWS, prefetch, tile};
 use crate::ops::{AttentionShape, vector};
 
 /// The new tokens of one sequence among the packed rows of a pass.
@@ -55,6 +55,10 @@ pub(crate) fn attend(q: &[f32], cache: &LayerCache, spans: &[Span], shape: Atten
 
 /// Elements of keys below which the work is not shared out.
 const SERIAL_BELOW: usize = 1 << 16;
+
+/// Blocks that are asked for before they are needed: the blocks of a sequence lie scattered, so that the processor does
+/// not guess the next.
+const AHEAD: usize = 2;
 
 /// One key and value head, and the query heads that it serves.
 struct Head<'a> {
@@ -146,6 +150,9 @@ impl Head<'_> {
             for (b, &block) in blocks.iter().enumerate() {
                 // No further than the last token: what lies behind it belongs to nobody.
                 let count = (tokens - b * LANES).min(LANES);
+                if let Some(&next) = blocks.get(b + AHEAD) {
+                    prefetch(self.cache.values(next, self.head, p));
+                }
                 let values = &self.cache.values(block, self.head, p)[..count];
                 tile(
                     weights.columns_from(b * LANES),
