@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Context;
@@ -10,7 +10,7 @@ use clap::Args;
 use lengthwise_core::RequestId;
 use lengthwise_decoder::{EngineConfig, LocalDecoder};
 use lengthwise_model::{Adapter, LoadedModel};
-use lengthwise_scheduler::{AdmissionOrder, CostModel, ScheduleConfig, Strategy};
+use lengthwise_scheduler::{AdmissionOrder, Planning, ScheduleConfig, Strategy};
 use lengthwise_train::files::{LengthRecord, read_lengths};
 
 /// How requests are scheduled.
@@ -39,6 +39,10 @@ pub struct ScheduleArgs {
     /// and simulate
     #[arg(long, value_delimiter = ',', default_value = "published")]
     pub planner: Vec<PlannerChoice>,
+    /// For the cost planner: what came of earlier predictions, an output of generate or recorded lengths (of which the
+    /// largest stands for the prediction, disturbed as --noise-mae says)
+    #[arg(long)]
+    pub history: Option<PathBuf>,
 }
 
 /// What plans the batches of strategies that sort.
@@ -56,12 +60,12 @@ impl ScheduleArgs {
         self.planner.contains(&PlannerChoice::Cost) && strategies.iter().any(|s| s.sorts())
     }
 
-    /// The schedules of one strategy: one for each planner where it sorts. `cost` is there where
+    /// The schedules of one strategy: one for each planner where it sorts. `planning` is there where
     /// [`ScheduleArgs::wants_cost`] says so.
-    pub fn configs(&self, strategy: Strategy, cost: Option<CostModel>) -> Vec<ScheduleConfig> {
+    pub fn configs(&self, strategy: Strategy, planning: Option<&Arc<Planning>>) -> Vec<ScheduleConfig> {
         let planned = |planner: &PlannerChoice| match planner {
             PlannerChoice::Published => self.config(strategy),
-            PlannerChoice::Cost => self.config(strategy).planned_by(cost),
+            PlannerChoice::Cost => self.config(strategy).planned_by(planning.cloned()),
         };
         match strategy.sorts() {
             true => self.planner.iter().map(planned).collect(),

@@ -5,6 +5,7 @@ mod commands;
 mod cost;
 mod device;
 mod error;
+mod history;
 mod inputs;
 mod logging;
 mod output;

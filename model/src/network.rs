@@ -138,9 +138,9 @@ impl Llama {
                         rows: &rows,
                     },
                 };
-                let hidden = self.hidden(&tokens, &pass)?;
                 let sequences: Vec<&[u32]> = segments.iter().map(|s| s.tokens).collect();
-                let logits = self.logits(&hidden, &last_positions(&sequences))?;
+                let hidden = self.hidden(&tokens, &pass, &last_positions(&sequences))?;
+                let logits = self.logits(&hidden)?;
                 cache.logits = logits.flatten_all()?.to_vec1()?;
             }
         }
@@ -163,8 +163,7 @@ impl Llama {
         adapter: Option<&Adapter>,
         dropout: Option<&Dropout>,
     ) -> Result<Tensor, ModelError> {
-        let hidden = self.packed(sequences, adapter, dropout)?;
-        self.logits(&hidden, wanted)
+        TrainPass::new(self, adapter, dropout, false).logits(sequences, wanted)
     }
 
     /// The last position's hidden state of whole sequences, behind the last norm: what the head that gives the logits
@@ -180,28 +179,7 @@ impl Llama {
         adapter: Option<&Adapter>,
         dropout: Option<&Dropout>,
     ) -> Result<Tensor, ModelError> {
-        let hidden = self.packed(sequences, adapter, dropout)?;
-        let last = last_positions(sequences);
-        Ok(self.normed(&hidden, &last)?.to_dtype(DType::F32)?)
-    }
-
-    /// Whole sequences one behind the other, each seeing itself alone.
-    fn packed(
-        &self,
-        sequences: &[&[u32]],
-        adapter: Option<&Adapter>,
-        dropout: Option<&Dropout>,
-    ) -> Result<Tensor, ModelError> {
-        let (tokens, positions) = self.pack(sequences.iter().map(|s| (*s, 0)))?;
-        let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
-        let pass = Pass {
-            positions,
-            rope: &self.rope,
-            adapter,
-            dropout,
-            attention: Attention::Packed(lengths),
-        };
-        self.hidden(&tokens, &pass)
+        TrainPass::new(self, adapter, dropout, false).last_hidden(sequences)
     }
 
     /// The same network with the adapter's low-rank terms added to its weights.
@@ -245,13 +223,19 @@ impl Llama {
         Ok((tokens, positions.into()))
     }
 
-    /// Hidden states of every packed token, before the last norm, `[tokens, hidden]`.
-    fn hidden(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor, ModelError> {
+    /// Hidden states at the packed positions `wanted`, before the last norm, `[wanted, hidden]`.
+    fn hidden(&self, tokens: &[u32], pass: &Pass, wanted: &[u32]) -> Result<Tensor, ModelError> {
+        let wanted = Tensor::new(wanted, self.device())?;
         let mut x = self.embed(tokens)?;
         for (layer, block) in self.blocks.iter().enumerate() {
-            x = block.forward(&x, layer, pass)?;
+            x = block.forward(&x, layer, pass, self.wanted_of(layer, &wanted))?;
         }
         Ok(x)
+    }
+
+    /// The rows that are read behind a layer: all but for the last, whose output goes to the head alone.
+    fn wanted_of<'t>(&self, layer: usize, wanted: &'t Tensor) -> Option<&'t Tensor> {
+        (layer + 1 == self.blocks.len()).then_some(wanted)
     }
 
     /// `[tokens, hidden]`.
@@ -260,16 +244,13 @@ impl Llama {
         Ok(self.embed_tokens.index_select(&tokens, 0)?)
     }
 
-    fn logits(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
-        let normed = self.normed(hidden, rows)?;
-        Ok(self.lm_head.product(&normed)?.to_dtype(DType::F32)?)
+    /// Of hidden states before the last norm; `[rows, vocab]` in f32.
+    fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.lm_head.product(&self.normed(hidden)?)?.to_dtype(DType::F32)?)
     }
 
-    /// Some rows behind the last norm, `[rows, hidden]`.
-    fn normed(&self, hidden: &Tensor, rows: &[u32]) -> Result<Tensor, ModelError> {
-        let rows = Tensor::new(rows, self.device())?;
-        let wanted = hidden.index_select(&rows, 0)?;
-        Ok(ops::rms_norm(&wanted, &self.norm, self.config.rms_norm_eps)?)
+    fn normed(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(ops::rms_norm(hidden, &self.norm, self.config.rms_norm_eps)?)
     }
 }
 

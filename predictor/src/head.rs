@@ -77,7 +77,7 @@ mod tests {
     /// A head on the bundled model whose weights are not zero, so that prompts differ.
     fn predictor() -> anyhow::Result<HeadPredictor> {
         let device = Device::Cpu;
-        let model = LoadedModel::open(TINY, DTypeChoice::Auto, &device)?;
+        let model = LoadedModel::open(TINY, DTypeChoice::Auto, &device, &mut ())?;
         let hidden = model.network.config().hidden_size;
         let config = LengthHeadConfig {
             bins: LengthBins::new(200),

@@ -3,10 +3,11 @@
 
 use std::convert::Infallible;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use lengthwise_scheduler::{
-    BatchExecutor, BatchRun, CostModel, Job, Outcome, PlannedBatch, ScheduleConfig, Strategy, run_groups,
+    BatchExecutor, BatchRun, CostModel, Job, Outcome, PlannedBatch, Planning, ScheduleConfig, Strategy, run_groups,
 };
 
 /// Answers at once, so that what is timed is the planning.
@@ -39,12 +40,21 @@ fn planning(criterion: &mut Criterion) {
         cached_token: 2e-8,
         prompt_token: 1e-5,
     };
-    for (name, cost) in [("published", None), ("cost", Some(cost))] {
+    for (name, planning) in [
+        ("published", None),
+        (
+            "cost",
+            Some(Arc::new(Planning {
+                cost,
+                history: Vec::new(),
+            })),
+        ),
+    ] {
         let config = ScheduleConfig {
             group_size: NonZeroUsize::new(jobs.len()).expect("there are jobs"),
             ..ScheduleConfig::new(Strategy::SeqSch)
         };
-        let config = config.with(true, true).planned_by(cost);
+        let config = config.with(true, true).planned_by(planning);
         criterion.bench_function(&format!("plan 10,000 requests, {name}"), |bencher| {
             bencher.iter(|| run_groups(&jobs, &config, &mut AtOnce).expect("it cannot fail"));
         });

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
@@ -61,7 +62,7 @@ impl FromStr for Strategy {
 }
 
 /// How requests are scheduled; the defaults are the published ones.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct ScheduleConfig {
     /// The strategy.
     pub strategy: Strategy,
@@ -80,7 +81,17 @@ pub struct ScheduleConfig {
     /// Order in which the continuous mode admits.
     pub order: crate::AdmissionOrder,
     /// Plan batches by what they cost on this device instead of by the published rules.
-    pub cost: Option<crate::CostModel>,
+    pub planning: Option<Arc<Planning>>,
+}
+
+/// What the planner goes by.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Planning {
+    /// What a forward pass costs.
+    pub cost: crate::CostModel,
+    /// What came of earlier predictions, `(predicted, actual)` in tokens; what a run shows is added. Where there is
+    /// little of either, lengths are expected to spread broadly.
+    pub history: Vec<(u32, u32)>,
 }
 
 impl ScheduleConfig {
@@ -95,7 +106,7 @@ impl ScheduleConfig {
             max_new_tokens: 512,
             bucket: 50,
             order: crate::AdmissionOrder::LongestFirst,
-            cost: None,
+            planning: None,
         }
     }
 
@@ -114,9 +125,9 @@ impl ScheduleConfig {
 
     /// The same planned by a cost model where the strategy sorts: it chooses batch sizes and stopping lengths.
     #[must_use]
-    pub fn planned_by(mut self, cost: Option<crate::CostModel>) -> Self {
-        self.cost = cost.filter(|_| self.strategy.sorts());
-        match self.cost {
+    pub fn planned_by(mut self, planning: Option<Arc<Planning>>) -> Self {
+        self.planning = planning.filter(|_| self.strategy.sorts());
+        match self.planning {
             Some(_) => self.with(false, true),
             None => self,
         }

@@ -74,12 +74,9 @@ fn least_squares(points: &[&CostPoint], used: [bool; 3]) -> Option<[f64; 3]> {
         }
     }
     for i in (0..3).filter(|&i| !used[i]) {
-        for j in 0..3 {
-            normal[i][j] = 0.0;
-            normal[j][i] = 0.0;
-        }
+        normal.iter_mut().for_each(|row| row[i] = 0.0);
+        normal[i] = [0.0; 4];
         normal[i][i] = 1.0;
-        normal[i][3] = 0.0;
     }
     eliminate(normal)
 }
@@ -96,9 +93,8 @@ fn eliminate(mut m: [[f64; 4]; 3]) -> Option<[f64; 3]> {
         m[column] = m[column].map(|v| v / scale);
         for row in (0..3).filter(|&r| r != column) {
             let factor = m[row][column];
-            for k in 0..4 {
-                m[row][k] -= factor * m[column][k];
-            }
+            let pivot = m[column];
+            m[row].iter_mut().zip(pivot).for_each(|(v, p)| *v -= factor * p);
         }
     }
     Some([m[0][3], m[1][3], m[2][3]])

@@ -106,8 +106,8 @@ pub fn run_groups<X: BatchExecutor>(
 ) -> Result<StrategyStats, DriverError<X::Error>> {
     check_unique(jobs.iter().map(|job| &job.id))?;
     let mut stats = StrategyStats::default();
-    let cost = config.cost.filter(|_| config.strategy.sorts());
-    let mut planner = cost.map(|cost| Planner::new(cost, config, executor.resumes()));
+    let planning = config.planning.as_ref().filter(|_| config.strategy.sorts());
+    let mut planner = planning.map(|planning| Planner::new(planning, config, executor.resumes()));
     for group in jobs.chunks(config.group_size.get()) {
         let ran = run_group(group, config, planner.as_ref(), executor, &mut stats)?;
         if let Some(planner) = &mut planner {

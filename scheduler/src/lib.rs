@@ -11,7 +11,7 @@ mod simulate;
 mod stats;
 
 pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Waiting};
-pub use config::{ScheduleConfig, Strategy};
+pub use config::{Planning, ScheduleConfig, Strategy};
 pub use cost::{CostModel, CostPoint};
 pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};
 pub use plan::{Job, PlannedBatch, plan_group};

@@ -134,7 +134,7 @@ mod tests {
     #[test]
     fn sorted_batches_stop_at_their_longest_prediction_under_fcr() {
         let config = config(Strategy::SeqSch, 2);
-        let batches = plan_group(&jobs(&[90, 10, 50, 9000]), &config.with(false, true));
+        let batches = plan_group(&jobs(&[90, 10, 50, 9000]), &config.clone().with(false, true));
         assert_eq!(shape(&batches), [(vec!["1", "2"], 50), (vec!["0", "3"], 512)]);
         let batches = plan_group(&jobs(&[90, 10]), &config.with(false, false));
         assert_eq!(shape(&batches), [(vec!["1", "0"], 512)]);

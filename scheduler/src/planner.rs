@@ -6,7 +6,7 @@ use lengthwise_core::RequestId;
 
 use crate::residuals::{GRID, Residuals};
 use crate::simulate::PROMPT_TOKENS;
-use crate::{CostModel, Job, PlannedBatch, ScheduleConfig};
+use crate::{CostModel, Job, PlannedBatch, Planning, ScheduleConfig};
 
 /// Batch sizes that are tried; all of them would cost ten times the planning and save little.
 const SIZES: [usize; 16] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
@@ -32,14 +32,17 @@ struct Expected<'a> {
 
 impl<'a> Planner<'a> {
     /// `resumes`: whether a request that was stopped goes on from where it was.
-    pub fn new(cost: CostModel, config: &'a ScheduleConfig, resumes: bool) -> Self {
+    pub fn new(planning: &Planning, config: &'a ScheduleConfig, resumes: bool) -> Self {
+        let cost = planning.cost;
+        let mut residuals = Residuals::default();
+        residuals.observe(planning.history.iter().copied());
         let width = f64::from(config.cap()) / GRID as f64;
         let late = |g: usize| late_token(&cost, PROMPT_TOKENS + (g as f64 + 1.5) * width);
         Self {
             cost,
             config,
             resumes,
-            residuals: Residuals::default(),
+            residuals,
             late_tokens: std::array::from_fn(late),
         }
     }
@@ -183,13 +186,13 @@ impl<'a> Planner<'a> {
     }
 }
 
-/// Seconds of a useful token in a batch of failures. What is left of an answer is as good as exponential, and the
-/// longest of b exponential lengths is expected to be 1 + 1/2 + … + 1/b times the mean; the best b is taken.
+/// Seconds of a useful token in a batch of failures, of the best size. The longest of b exponential lengths is expected
+/// to be 1 + 1/2 + … + 1/b times the mean; half of that excess is reckoned, since failures are sorted as well.
 fn late_token(cost: &CostModel, context: f64) -> f64 {
     let mut harmonic = 0.0;
     let seconds = |b: usize| {
         harmonic += 1.0 / b as f64;
-        cost.decode_step(b as f64, context) / b as f64 * harmonic
+        cost.decode_step(b as f64, context) / b as f64 * (1.0 + harmonic) / 2.0
     };
     (1..=64).map(seconds).fold(f64::INFINITY, f64::min)
 }
@@ -263,11 +266,12 @@ mod tests {
 
     fn plan(predicted: &[u32], cost: CostModel, exact: bool) -> Vec<PlannedBatch> {
         let config = ScheduleConfig::new(Strategy::SeqSch).with(false, true);
-        let mut planner = Planner::new(cost, &config, false);
-        if exact {
-            planner.residuals.observe((1..=512).flat_map(|p| [(p, p); 3]));
-        }
-        planner.plan(&jobs(predicted))
+        let history = if exact {
+            (1..=512).flat_map(|p| [(p, p); 3]).collect()
+        } else {
+            Vec::new()
+        };
+        Planner::new(&Planning { cost, history }, &config, false).plan(&jobs(predicted))
     }
 
     #[test]

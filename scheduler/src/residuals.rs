@@ -13,7 +13,7 @@ const PRIOR: [f64; 16] = [
 /// Predictions and the lengths that came of them, by prediction.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Residuals {
-    /// `(predicted, actual)`, ascending.
+    /// `(predicted, actual)`, by prediction, and equal ones in the order in which they came.
     seen: Vec<(u32, u32)>,
 }
 
@@ -21,7 +21,7 @@ impl Residuals {
     /// Takes note of answers that have ended.
     pub fn observe(&mut self, answers: impl Iterator<Item = (u32, u32)>) {
         self.seen.extend(answers);
-        self.seen.sort_unstable();
+        self.seen.sort_by_key(|(predicted, _)| *predicted);
     }
 
     /// The distribution of the length of a request with this prediction, on the grid up to `cap`; the last point is 1.
@@ -29,7 +29,8 @@ impl Residuals {
     /// Lengths of similar predictions, each moved by as much as its prediction differs; the prior counts as one
     /// neighbour in four until there are enough.
     pub fn distribution(&self, predicted: u32, cap: u32) -> [f64; GRID] {
-        let middle = self.seen.partition_point(|(p, _)| *p < predicted);
+        let below = self.seen.partition_point(|(p, _)| *p < predicted);
+        let middle = (below + self.seen.partition_point(|(p, _)| *p <= predicted)) / 2;
         let first = middle
             .saturating_sub(NEIGHBOURS / 2)
             .min(self.seen.len().saturating_sub(NEIGHBOURS));

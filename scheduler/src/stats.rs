@@ -48,7 +48,7 @@ impl StrategyStats {
             strategy: config.strategy.name().to_owned(),
             vbs: config.vbs,
             fcr: config.fcr,
-            cost_model: config.cost.is_some(),
+            cost_model: config.planning.is_some(),
             batch_size: config.batch_size.get(),
             requests: self.requests,
             steps: self.steps,

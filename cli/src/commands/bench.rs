@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
@@ -10,13 +11,14 @@ use clap::Args;
 use lengthwise_core::{LengthPredictor, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceRequest, run_strategy};
 use lengthwise_model::LoadedModel;
-use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyReport, StrategyRow};
+use lengthwise_scheduler::{CostModel, Planning, ScheduleConfig, Strategy, StrategyReport, StrategyRow};
 use lengthwise_train::files::{InstructionRecord, LengthRecord, read_instructions, read_lengths, write_atomic};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::args::Global;
 use crate::cost::cost_model;
+use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
 use crate::output::{print, print_json};
 use crate::predictions::{
@@ -93,7 +95,8 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
         let began = Instant::now();
         let predicted = predict(global, args, &model, &workload, strategy)?;
         let seconds = began.elapsed().as_secs_f64();
-        for config in args.schedule.configs(strategy, cost) {
+        let planning = cost.map(|cost| planning(global, args, cost, strategy)).transpose()?;
+        for config in args.schedule.configs(strategy, planning.as_ref()) {
             let sequences = &workload.sequences;
             let row = time_strategy(&mut decoder, sequences, &predicted, &config, seconds)?;
             report.strategies.push(row);
@@ -103,6 +106,19 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
         true => print_json(&report),
         false => print(&Table::strategies(&report.strategies).text()),
     }
+}
+
+/// What the planner goes by for one strategy: the oracle's predictions are not disturbed.
+fn planning(global: &Global, args: &BenchArgs, cost: CostModel, strategy: Strategy) -> anyhow::Result<Arc<Planning>> {
+    let noise = args.noise_mae.filter(|_| strategy != Strategy::Oracle);
+    let history = History {
+        path: args.schedule.history.as_deref(),
+        actual: &args.actual,
+        noise,
+        divide_lengths: args.divide_lengths,
+    };
+    let history = history.read(args.schedule.max_new_tokens, global.seed)?;
+    Ok(Arc::new(Planning { cost, history }))
 }
 
 fn workload(global: &Global, args: &BenchArgs, decoder: &LocalDecoder) -> anyhow::Result<Workload> {

@@ -2,17 +2,19 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{DecodeError, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, run_strategy};
-use lengthwise_scheduler::{CostModel, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
+use lengthwise_scheduler::{Planning, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
 use crate::args::Global;
 use crate::cost::cost_model;
+use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::print_json;
 use crate::predictions::{PredictionArgs, ask, from_file, predictor_for, scheduled_length};
@@ -70,7 +72,15 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
         )?;
         let requests = requests(global, args, &waiting, &decoder)?;
         if args.schedule.wants_cost(&[args.strategy]) {
-            config = schedule(args, Some(cost_model(decoder.model(), args.cache.engine())?))?;
+            let cost = cost_model(decoder.model(), args.cache.engine())?;
+            let history = History {
+                path: args.schedule.history.as_deref(),
+                actual: "t0.0",
+                noise: None,
+                divide_lengths: 1,
+            };
+            let history = history.read(args.schedule.max_new_tokens, global.seed)?;
+            config = schedule(args, Some(&Arc::new(Planning { cost, history })))?;
         }
         stats = decode(&config, &waiting, requests, &mut decoder, &mut |id, line| {
             journal.push(&line).map_err(DecodeError::sink)?;
@@ -155,9 +165,9 @@ fn requests(
 }
 
 /// The one schedule that the flags ask for.
-fn schedule(args: &GenerateArgs, cost: Option<CostModel>) -> anyhow::Result<ScheduleConfig> {
-    match args.schedule.configs(args.strategy, cost).as_slice() {
-        [config] => Ok(*config),
+fn schedule(args: &GenerateArgs, planning: Option<&Arc<Planning>>) -> anyhow::Result<ScheduleConfig> {
+    match args.schedule.configs(args.strategy, planning).as_slice() {
+        [config] => Ok(config.clone()),
         _ => bail!("generate runs one schedule: give --planner one name"),
     }
 }

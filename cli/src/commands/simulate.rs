@@ -2,15 +2,17 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::Args;
 use lengthwise_core::RequestId;
 use lengthwise_decoder::EngineConfig;
-use lengthwise_scheduler::{SimulatedRequest, Strategy, StrategyReport, StrategyRow, simulate};
+use lengthwise_scheduler::{CostModel, Planning, SimulatedRequest, Strategy, StrategyReport, StrategyRow, simulate};
 use lengthwise_train::files::{LengthRecord, read_lengths};
 
 use crate::args::Global;
 use crate::cost::cost_model;
+use crate::history::History;
 use crate::inputs::{ScheduleArgs, actual_length};
 use crate::output::{print, print_json};
 use crate::predictions;
@@ -51,7 +53,8 @@ pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
         let requests = requests(global, args, &records, strategy)?;
-        for config in args.schedule.configs(strategy, cost) {
+        let planning = cost.map(|cost| planning(global, args, cost, strategy)).transpose()?;
+        for config in args.schedule.configs(strategy, planning.as_ref()) {
             let simulated = simulate(&requests, &config, cost)?;
             report.strategies.push(StrategyRow {
                 modelled_seconds: cost.map(|_| simulated.seconds),
@@ -63,6 +66,24 @@ pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
         true => print_json(&report),
         false => print(&Table::strategies(&report.strategies).text()),
     }
+}
+
+/// What the planner goes by for one strategy: the oracle's predictions are not disturbed.
+fn planning(
+    global: &Global,
+    args: &SimulateArgs,
+    cost: CostModel,
+    strategy: Strategy,
+) -> anyhow::Result<Arc<Planning>> {
+    let noise = args.noise_mae.filter(|_| strategy != Strategy::Oracle);
+    let history = History {
+        path: args.schedule.history.as_deref(),
+        actual: &args.actual,
+        noise,
+        divide_lengths: 1,
+    };
+    let history = history.read(args.schedule.max_new_tokens, global.seed)?;
+    Ok(Arc::new(Planning { cost, history }))
 }
 
 fn requests(

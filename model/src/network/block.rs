@@ -61,10 +61,19 @@ impl Block {
         &mut self.linears[kind as usize]
     }
 
-    /// - `x`: `[tokens, hidden]`; returns the same shape
-    pub fn forward(&self, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
+    /// - `x`: `[tokens, hidden]`
+    /// - `wanted`: the rows that anyone reads, where that is not all: behind the last layer's attention the others are
+    ///   spared
+    ///
+    /// Returns `[tokens, hidden]`, or `[wanted, hidden]`.
+    pub fn forward(&self, x: &Tensor, layer: usize, pass: &Pass, wanted: Option<&Tensor>) -> Result<Tensor> {
         let normed = ops::rms_norm(x, &self.input_norm, self.eps)?;
-        let x = (x + self.attention(&normed, layer, pass)?)?;
+        let mixed = self.attention(&normed, layer, pass)?;
+        let (x, mixed) = match wanted {
+            Some(rows) => (x.index_select(rows, 0)?, mixed.index_select(rows, 0)?),
+            None => (x.clone(), mixed),
+        };
+        let x = (x + self.linear(LinearKind::OProj, &mixed, layer, pass)?)?;
         let normed = ops::rms_norm(&x, &self.post_attention_norm, self.eps)?;
         let gate = self.linear(LinearKind::GateProj, &normed, layer, pass)?;
         let up = self.linear(LinearKind::UpProj, &normed, layer, pass)?;
@@ -72,22 +81,22 @@ impl Block {
         x + down
     }
 
+    /// What each token takes of those before it, `[tokens, heads * head_dim]`.
     fn attention(&self, x: &Tensor, layer: usize, pass: &Pass) -> Result<Tensor> {
         let shape = self.shape;
         let q = self.heads(LinearKind::QProj, x, layer, pass)?;
         let k = self.heads(LinearKind::KProj, x, layer, pass)?;
         let v = self.linear(LinearKind::VProj, x, layer, pass)?;
-        let mixed = match &pass.attention {
-            Attention::Packed(lengths) => ops::packed_attention(&q, &k, &v, lengths, shape)?,
+        match &pass.attention {
+            Attention::Packed(lengths) => ops::packed_attention(&q, &k, &v, lengths, shape),
             Attention::Cached { keys, values, rows } => {
                 let (keys, values) = (&keys[layer], &values[layer]);
                 let slots: Vec<u32> = rows.iter().flat_map(|r| r.slots[r.start..].iter().copied()).collect();
                 ops::write_rows(keys, &k, &slots)?;
                 ops::write_rows(values, &v, &slots)?;
-                ops::paged_attention(&q, keys, values, rows, shape)?
+                ops::paged_attention(&q, keys, values, rows, shape)
             }
-        };
-        self.linear(LinearKind::OProj, &mixed, layer, pass)
+        }
     }
 
     /// Queries or keys with their positions turned in, `[tokens, heads * head_dim]`.

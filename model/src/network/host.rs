@@ -58,10 +58,9 @@ impl Llama {
         }
         let norm = host_floats(&self.norm)?;
         work.normed.resize(pass.spans.len() * hidden, 0.0);
-        for (span, out) in pass.spans.iter().zip(work.normed.chunks_exact_mut(hidden)) {
-            let last = span.row + span.rows - 1;
+        for (row, out) in work.normed.chunks_exact_mut(hidden).enumerate() {
             ops::rms_norm_row(
-                &work.x[last * hidden..][..hidden],
+                &work.x[row * hidden..][..hidden],
                 &norm,
                 self.config.rms_norm_eps as f32,
                 out,
@@ -122,6 +121,11 @@ impl Llama {
         }
         work.mixed.resize(work.q.len(), 0.0);
         attend(&work.q, cache, pass.spans, shape, &mut work.mixed);
+        if layer + 1 == self.blocks.len() {
+            // Behind the last layer the head reads each span's last row alone.
+            keep_last_rows(&mut work.x, hidden, pass.spans);
+            keep_last_rows(&mut work.mixed, shape.q_width(), pass.spans);
+        }
         let x = rows(&work.mixed, shape.q_width());
         add_linear(block, LinearKind::OProj, layer, pass, x, &mut work.x, &mut work.low)
     }
@@ -137,7 +141,7 @@ fn feed_forward(block: &Block, layer: usize, pass: &HostPass, work: &mut Workspa
         (LinearKind::UpProj, &mut work.up),
     ];
     linears(block, layer, pass, x, wanted, &mut work.low)?;
-    let width = work.gate.len() / pass.tokens.len();
+    let width = packed(&block.linears[LinearKind::GateProj as usize]).shape().0;
     let up = &work.up;
     by_rows(&mut work.gate, width, |row, gate| {
         ops::swiglu_in_place(gate, &up[row * width..][..width])
@@ -155,7 +159,7 @@ fn linears<const N: usize>(
     mut wanted: [(LinearKind, &mut Vec<f32>); N],
     low: &mut Vec<f32>,
 ) -> Result<(), ModelError> {
-    let tokens = pass.tokens.len();
+    let tokens = x.data.len() / x.stride;
     let mut products = Vec::with_capacity(N);
     for (kind, out) in &mut wanted {
         let linear = &block.linears[*kind as usize];
@@ -198,7 +202,7 @@ fn add_linear(
         out: unsafe { Output::shared(sum, matrix.shape().0) },
         accumulate: true,
     };
-    multiply(x, pass.tokens.len(), &[product]);
+    multiply(x, x.data.len() / x.stride, &[product]);
     add_low_rank(kind, layer, pass, x, sum, low)
 }
 
@@ -214,7 +218,7 @@ fn add_low_rank(
     let Some((adapter, pair)) = pass.adapter.and_then(|a| Some((a, a.pair(layer, kind)?))) else {
         return Ok(());
     };
-    let (pair, tokens) = (pair.packed()?, pass.tokens.len());
+    let (pair, tokens) = (pair.packed()?, x.data.len() / x.stride);
     let (rank, _) = pair.a.shape();
     low.resize(tokens * rank, 0.0);
     let product = Product {
@@ -234,6 +238,15 @@ fn add_low_rank(
     };
     multiply(rows(low, rank), tokens, &[product]);
     Ok(())
+}
+
+/// Moves each span's last row to the front and drops the others.
+fn keep_last_rows(data: &mut Vec<f32>, width: usize, spans: &[Span]) {
+    for (row, span) in spans.iter().enumerate() {
+        let last = span.row + span.rows - 1;
+        data.copy_within(last * width..(last + 1) * width, row * width);
+    }
+    data.truncate(spans.len() * width);
 }
 
 fn packed(linear: &Linear) -> &crate::cpu::PackedMatrix {

@@ -26,6 +26,8 @@ pub struct TrainPass<'a> {
 struct Checkpoint {
     positions: Arc<[u32]>,
     lengths: Arc<[usize]>,
+    /// Packed positions that are read, of the last layer's output.
+    wanted: Tensor,
     /// Each layer's input and the state of the dropout before it.
     layers: Vec<(Tensor, Option<Dropout>)>,
     /// The last layer's output, from which the loss is computed.
@@ -53,7 +55,7 @@ impl<'a> TrainPass<'a> {
     /// # Errors
     /// A sequence longer than the model's context, or the device failed.
     pub fn logits(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
-        self.llama.logits(&self.hidden(sequences)?, wanted)
+        self.llama.logits(&self.hidden(sequences, wanted)?)
     }
 
     /// As [`Llama::last_hidden`]: each sequence's last hidden state, `[sequences, hidden]` in f32.
@@ -61,9 +63,8 @@ impl<'a> TrainPass<'a> {
     /// # Errors
     /// A sequence longer than the model's context, or the device failed.
     pub fn last_hidden(&self, sequences: &[&[u32]]) -> Result<Tensor, ModelError> {
-        let hidden = self.hidden(sequences)?;
-        let last = super::last_positions(sequences);
-        Ok(self.llama.normed(&hidden, &last)?.to_dtype(DType::F32)?)
+        let hidden = self.hidden(sequences, &super::last_positions(sequences))?;
+        Ok(self.llama.normed(&hidden)?.to_dtype(DType::F32)?)
     }
 
     /// Gradients of everything that `loss`, computed from this pass, depends on; one store a layer with checkpointing.
@@ -91,7 +92,8 @@ impl<'a> TrainPass<'a> {
         for (layer, (input, dropout)) in checkpoint.layers.iter().enumerate().rev() {
             let x = Var::from_tensor(input)?;
             let pass = self.pass(&checkpoint.positions, &checkpoint.lengths, dropout.as_ref());
-            let y = self.llama.blocks[layer].forward(x.as_tensor(), layer, &pass)?;
+            let wanted = self.llama.wanted_of(layer, &checkpoint.wanted);
+            let y = self.llama.blocks[layer].forward(x.as_tensor(), layer, &pass, wanted)?;
             // The gradient of Σ y grad, grad a constant, is what the chain rule asks for.
             let mut store = (y * grad)?.sum_all()?.backward()?;
             let Some(below) = store.remove(x.as_tensor()) else {
@@ -103,25 +105,29 @@ impl<'a> TrainPass<'a> {
         Ok(())
     }
 
-    /// Hidden states of every packed token, before the last norm.
-    fn hidden(&self, sequences: &[&[u32]]) -> Result<Tensor, ModelError> {
-        let Some(checkpoints) = &self.checkpoints else {
-            return self.llama.packed(sequences, self.adapter, self.dropout);
-        };
+    /// Hidden states at the packed positions `wanted`, before the last norm.
+    fn hidden(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
         let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)))?;
         let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
         let pass = self.pass(&positions, &lengths, self.dropout);
+        let Some(checkpoints) = &self.checkpoints else {
+            return self.llama.hidden(&tokens, &pass, wanted);
+        };
+        let wanted = Tensor::new(wanted, self.llama.device())?;
         let mut x = self.llama.embed(&tokens)?.detach();
         let mut layers = Vec::with_capacity(self.llama.blocks.len());
         for (layer, block) in self.llama.blocks.iter().enumerate() {
             layers.push((x.clone(), self.dropout.cloned()));
-            x = block.forward(&x, layer, &pass)?.detach();
+            x = block
+                .forward(&x, layer, &pass, self.llama.wanted_of(layer, &wanted))?
+                .detach();
         }
         let top = Var::from_tensor(&x)?;
         let hidden = top.as_tensor().clone();
         checkpoints.borrow_mut().push(Checkpoint {
             positions,
             lengths,
+            wanted,
             layers,
             top,
         });

@@ -43,7 +43,7 @@ fn lengths(example: &TrainExample) -> Vec<u32> {
 
 #[test]
 fn a_head_beats_the_marginal_on_instructions_it_has_not_seen() -> anyhow::Result<()> {
-    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu)?;
+    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let dir = tempfile::tempdir()?;
     let run = TrainRun {
         model: &model,
@@ -87,7 +87,7 @@ fn a_head_beats_the_marginal_on_instructions_it_has_not_seen() -> anyhow::Result
 
 #[test]
 fn a_run_without_a_head_takes_the_head_of_an_earlier_run_away() -> anyhow::Result<()> {
-    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu)?;
+    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let dir = tempfile::tempdir()?;
     let run = TrainRun {
         model: &model,
@@ -113,7 +113,7 @@ fn a_run_without_a_head_takes_the_head_of_an_earlier_run_away() -> anyhow::Resul
 
 #[test]
 fn an_example_without_lengths_is_named() -> anyhow::Result<()> {
-    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu)?;
+    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let dir = tempfile::tempdir()?;
     let run = TrainRun {
         model: &model,
