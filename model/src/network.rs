@@ -22,7 +22,7 @@ use block::Block;
 use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
-pub use train_pass::TrainPass;
+pub use train_pass::{GradientSink, TrainPass};
 
 /// A Llama-style decoder-only transformer.
 ///

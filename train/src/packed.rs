@@ -130,7 +130,9 @@ impl Objective<'_> {
                 .map(|(p, seed)| Dropout::new(p, seed.wrapping_mul(31).wrapping_add(index)));
             let pass = TrainPass::new(self.llama, self.adapter, dropout.as_ref(), self.checkpointing);
             let loss = shard.loss(&pass, divisor)?;
-            Ok((f64::from(loss.to_scalar::<f32>()?), pass.backward(&loss)?))
+            let mut grads = Gradients::default();
+            pass.backward(&loss, &mut |store| Ok(grads.add(self.parameters, store)?))?;
+            Ok((f64::from(loss.to_scalar::<f32>()?), grads))
         };
         let run = &run;
         let results: Vec<_> = std::thread::scope(|scope| {
@@ -143,11 +145,9 @@ impl Objective<'_> {
         });
         let mut total = 0.0;
         for result in results {
-            let (loss, stores) = result?;
+            let (loss, of_shard) = result?;
             total += loss;
-            for store in &stores {
-                grads.add(self.parameters, store)?;
-            }
+            grads.merge(of_shard)?;
         }
         Ok(total)
     }

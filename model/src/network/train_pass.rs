@@ -11,6 +11,9 @@ use super::pass::{Attention, Pass};
 use crate::ModelError;
 use crate::lora::{Adapter, Dropout};
 
+/// Takes gradients as they become known.
+pub type GradientSink<'a> = dyn FnMut(&GradStore) -> Result<(), ModelError> + 'a;
+
 /// One differentiable pass of a frozen network with an adapter.
 ///
 /// With checkpointing the forward pass keeps each layer's input alone, `[tokens, hidden]`, and the backward pass runs
@@ -67,27 +70,29 @@ impl<'a> TrainPass<'a> {
         Ok(self.llama.normed(&hidden)?.to_dtype(DType::F32)?)
     }
 
-    /// Gradients of everything that `loss`, computed from this pass, depends on; one store a layer with checkpointing.
+    /// Hands over the gradients of everything that `loss`, computed from this pass, depends on: all at once, or one layer
+    /// after the other with checkpointing. What is kept of them should be detached: a gradient's own graph holds its
+    /// layer's activations.
     ///
     /// # Errors
-    /// The device failed.
-    pub fn backward(&self, loss: &Tensor) -> Result<Vec<GradStore>, ModelError> {
-        let mut stores = vec![loss.backward()?];
+    /// The device failed, or the sink's own.
+    pub fn backward(&self, loss: &Tensor, sink: &mut GradientSink) -> Result<(), ModelError> {
+        let store = loss.backward()?;
+        sink(&store)?;
         let checkpoints = self.checkpoints.as_ref().map(RefCell::take).unwrap_or_default();
         for checkpoint in checkpoints {
-            let Some(grad) = stores[0].get(checkpoint.top.as_tensor()).cloned() else {
-                continue;
-            };
-            self.backward_layers(&checkpoint, grad, &mut stores)?;
+            if let Some(grad) = store.get(checkpoint.top.as_tensor()) {
+                self.backward_layers(&checkpoint, grad.detach(), sink)?;
+            }
         }
-        Ok(stores)
+        Ok(())
     }
 
     fn backward_layers(
         &self,
         checkpoint: &Checkpoint,
         mut grad: Tensor,
-        stores: &mut Vec<GradStore>,
+        sink: &mut GradientSink,
     ) -> Result<(), ModelError> {
         for (layer, (input, dropout)) in checkpoint.layers.iter().enumerate().rev() {
             let x = Var::from_tensor(input)?;
@@ -96,11 +101,12 @@ impl<'a> TrainPass<'a> {
             let y = self.llama.blocks[layer].forward(x.as_tensor(), layer, &pass, wanted)?;
             // The gradient of Σ y grad, grad a constant, is what the chain rule asks for.
             let mut store = (y * grad)?.sum_all()?.backward()?;
-            let Some(below) = store.remove(x.as_tensor()) else {
-                return Ok(());
-            };
-            grad = below;
-            stores.push(store);
+            let below = store.remove(x.as_tensor());
+            sink(&store)?;
+            match below {
+                Some(below) => grad = below.detach(),
+                None => return Ok(()),
+            }
         }
         Ok(())
     }

@@ -17,13 +17,28 @@ impl Gradients {
     pub fn add(&mut self, parameters: &BTreeMap<String, Tensor>, grads: &GradStore) -> Result<()> {
         for (name, parameter) in parameters {
             let Some(grad) = grads.get(parameter) else { continue };
-            let grad = grad.to_dtype(DType::F32)?.detach();
-            let sum = match self.0.get(name) {
-                Some(before) => (before + grad)?,
-                None => grad,
-            };
-            self.0.insert(name.clone(), sum);
+            self.add_one(name.clone(), grad.to_dtype(DType::F32)?.detach())?;
         }
+        Ok(())
+    }
+
+    /// Adds the gradients of another part of the step.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn merge(&mut self, other: Self) -> Result<()> {
+        other
+            .0
+            .into_iter()
+            .try_for_each(|(name, grad)| self.add_one(name, grad))
+    }
+
+    fn add_one(&mut self, name: String, grad: Tensor) -> Result<()> {
+        let sum = match self.0.get(&name) {
+            Some(before) => (before + grad)?,
+            None => grad,
+        };
+        self.0.insert(name, sum);
         Ok(())
     }
 
