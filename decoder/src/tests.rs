@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor};
 use lengthwise_core::{DecodeError, FinishReason, RequestId, SamplingParams};
 use lengthwise_model::{LinearKind, Llama, ModelConfig, Weights};
-use lengthwise_scheduler::{AdmissionOrder, ScheduleConfig, Strategy, StrategyStats};
+use lengthwise_scheduler::{AdmissionOrder, CostModel, Planning, ScheduleConfig, Strategy, StrategyStats};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -198,6 +198,33 @@ fn every_order_of_admission_gives_the_same_answers() -> anyhow::Result<()> {
             want,
             "{order}"
         );
+    }
+    Ok(())
+}
+
+#[test]
+fn batches_planned_by_cost_give_the_same_answers_also_in_a_cache_too_small() -> anyhow::Result<()> {
+    let model = model()?;
+    let requests = requests(40, 1.0);
+    let want = alone(&mut engine(&model, 4096)?, &requests)?;
+    // Dear steps ask for large batches, dear rows for small ones.
+    for (step, row) in [(1e-3, 1e-6), (1e-9, 1e-3), (1e-4, 1e-4)] {
+        let cost = CostModel {
+            step,
+            row,
+            cached_token: 1e-7,
+            prompt_token: 1e-5,
+        };
+        let planning = Planning {
+            cost,
+            history: vec![(10, 8), (60, 20)],
+        };
+        let config = config(Strategy::SeqSch).planned_by(Some(Arc::new(planning)));
+        for cache in [4096, 96] {
+            let (got, stats) = run(&mut engine(&model, cache)?, &requests, |i| 1 + i as u32 % 60, &config)?;
+            assert_eq!(got, want, "step {step}, row {row}, cache {cache}");
+            assert_eq!(stats.requests, 40);
+        }
     }
     Ok(())
 }

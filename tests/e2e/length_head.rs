@@ -109,3 +109,27 @@ fn a_damaged_head_is_one_line_and_exit_code_1() -> Result<()> {
     }
     Ok(())
 }
+
+/// What the README says of the demo: its best predictor is five times as good as always saying the median.
+#[test]
+#[ignore = "runs the whole demo, some minutes"]
+fn the_demos_head_beats_the_median_five_times_over() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let output = dir.path().join("demo");
+    let demo = succeed(&[
+        "demo",
+        "-q",
+        "--json",
+        "--output",
+        output.to_str().context("a path in UTF-8")?,
+    ])?;
+    let report: Value = serde_json::from_str(&demo.stdout)?;
+    let error = |name: &str| -> Result<f64> {
+        let rows = report["predictors"].as_array().context("predictors")?;
+        let row = rows.iter().find(|row| row["predictor"] == name);
+        row.and_then(|row| row["error"].as_f64()).context("an error")
+    };
+    let (head, median) = (error("head")?, error("median")?);
+    assert!(5.0 * head <= median, "{head} against {median}");
+    Ok(())
+}

@@ -6,7 +6,7 @@ use super::block::Block;
 use super::linear::Linear;
 use super::{Llama, Segment};
 use crate::ModelError;
-use crate::cpu::{HostCache, Output, Product, Rows, Span, Workspace, attend, multiply};
+use crate::cpu::{HostCache, Output, PackedMatrix, Product, Rows, Span, Workspace, attend, multiply};
 use crate::lora::{Adapter, LinearKind};
 use crate::ops::{self, host_floats};
 
@@ -70,14 +70,7 @@ impl Llama {
             unreachable!("a model on the CPU path has packed weights");
         };
         logits.resize(pass.spans.len() * self.config.vocab_size, 0.0);
-        // SAFETY: `multiply` shares out columns, and `logits` is read only when it has returned.
-        let out = unsafe { Output::shared(logits, self.config.vocab_size) };
-        let product = Product {
-            matrix: head,
-            out,
-            accumulate: false,
-        };
-        multiply(rows(&work.normed, hidden), pass.spans.len(), &[product]);
+        multiply_into(head, rows(&work.normed, hidden), logits, false);
         Ok(())
     }
 
@@ -195,14 +188,7 @@ fn add_linear(
     sum: &mut [f32],
     low: &mut Vec<f32>,
 ) -> Result<(), ModelError> {
-    let matrix = packed(&block.linears[kind as usize]);
-    let product = Product {
-        matrix,
-        // SAFETY: `multiply` shares out columns, and `sum` is read only when it has returned.
-        out: unsafe { Output::shared(sum, matrix.shape().0) },
-        accumulate: true,
-    };
-    multiply(x, x.data.len() / x.stride, &[product]);
+    multiply_into(packed(&block.linears[kind as usize]), x, sum, true);
     add_low_rank(kind, layer, pass, x, sum, low)
 }
 
@@ -221,23 +207,22 @@ fn add_low_rank(
     let (pair, tokens) = (pair.packed()?, x.data.len() / x.stride);
     let (rank, _) = pair.a.shape();
     low.resize(tokens * rank, 0.0);
-    let product = Product {
-        matrix: &pair.a,
-        // SAFETY: read only when `multiply` has returned.
-        out: unsafe { Output::shared(low, rank) },
-        accumulate: false,
-    };
-    multiply(x, tokens, &[product]);
+    multiply_into(&pair.a, x, low, false);
     let scale = adapter.config().scale() as f32;
     low.iter_mut().for_each(|v| *v *= scale);
-    let product = Product {
-        matrix: &pair.b,
-        // SAFETY: as above.
-        out: unsafe { Output::shared(sum, pair.b.shape().0) },
-        accumulate: true,
-    };
-    multiply(rows(low, rank), tokens, &[product]);
+    multiply_into(&pair.b, rows(low, rank), sum, true);
     Ok(())
+}
+
+/// `out = x wᵀ`, or `out += x wᵀ`.
+fn multiply_into(matrix: &PackedMatrix, x: Rows, out: &mut [f32], accumulate: bool) {
+    let product = Product {
+        matrix,
+        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
+        out: unsafe { Output::shared(out, matrix.shape().0) },
+        accumulate,
+    };
+    multiply(x, x.data.len() / x.stride, &[product]);
 }
 
 /// Moves each span's last row to the front and drops the others.
@@ -249,7 +234,7 @@ fn keep_last_rows(data: &mut Vec<f32>, width: usize, spans: &[Span]) {
     data.truncate(spans.len() * width);
 }
 
-fn packed(linear: &Linear) -> &crate::cpu::PackedMatrix {
+fn packed(linear: &Linear) -> &PackedMatrix {
     match linear.weight.packed() {
         Some(weight) => weight,
         None => unreachable!("a model on the CPU path has packed weights"),

@@ -112,33 +112,31 @@ pub(crate) fn attend_stock(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, sha
     weights.matmul(&v)?.transpose(0, 1)?.reshape((queries, shape.q_width()))
 }
 
-/// Softmax weights of one head: `scores[i]` over the keys that the query at `start + i` sees, 0 elsewhere.
-fn causal_weights(q: Mat, k: Mat, start: usize, shape: &AttentionShape, weights: &mut Vec<f32>) {
-    let (queries, keys) = (q.rows, k.rows);
-    weights.resize(queries * keys, 0.0);
-    product(q, k.transposed(), shape.scale(), weights, keys, false);
-    for (i, row) in weights.chunks_exact_mut(keys).enumerate() {
-        let (first, end) = (shape.first_visible(start + i), start + i + 1);
+/// Softmax weights of one head: `weights[i]` over the keys that the query at i sees, 0 elsewhere.
+fn causal_weights(q: Mat, k: Mat, shape: &AttentionShape, weights: &mut Vec<f32>) {
+    let n = q.rows;
+    weights.resize(n * n, 0.0);
+    product(q, k.transposed(), shape.scale(), weights, n, false);
+    for (i, row) in weights.chunks_exact_mut(n).enumerate() {
+        let first = shape.first_visible(i);
         row[..first].fill(0.0);
-        row[end..].fill(0.0);
-        vector::softmax(&mut row[first..end]);
+        row[i + 1..].fill(0.0);
+        vector::softmax(&mut row[first..=i]);
     }
 }
 
-/// Attention of one sequence whose queries stand at `start..` and keys at `0..`: the kernel that training and
-/// prefill share. `out` holds the sequence's rows.
-pub(super) fn attend(q: &[f32], k: &[f32], v: &[f32], start: usize, shape: &AttentionShape, out: &mut [f32]) {
+/// Attention of one whole sequence; `out` holds its rows.
+fn attend(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, out: &mut [f32]) {
     let (d, q_width, kv_width) = (shape.head_dim, shape.q_width(), shape.kv_width());
-    let (queries, keys) = (q.len() / q_width, k.len() / kv_width);
+    let n = q.len() / q_width;
     let mut weights = Vec::new();
     for head in 0..shape.heads {
         let kv = shape.kv_head(head) * d;
-        let q = Mat::new(&q[head * d..], queries, d, q_width);
-        causal_weights(q, Mat::new(&k[kv..], keys, d, kv_width), start, shape, &mut weights);
-        let p = Mat::new(&weights, queries, keys, keys);
+        let q = Mat::new(&q[head * d..], n, d, q_width);
+        causal_weights(q, Mat::new(&k[kv..], n, d, kv_width), shape, &mut weights);
         product(
-            p,
-            Mat::new(&v[kv..], keys, d, kv_width),
+            Mat::new(&weights, n, n, n),
+            Mat::new(&v[kv..], n, d, kv_width),
             1.0,
             &mut out[head * d..],
             q_width,
@@ -167,7 +165,7 @@ fn attend_backward(rows: &Rows, shape: &AttentionShape, dq: &mut [f32], dk: &mut
         let k = Mat::new(&rows.k[kv..], n, d, kv_width);
         let v = Mat::new(&rows.v[kv..], n, d, kv_width);
         let grad = Mat::new(&rows.grad[head * d..], n, d, q_width);
-        causal_weights(q, k, 0, shape, &mut weights);
+        causal_weights(q, k, shape, &mut weights);
         product(
             Mat::new(&weights, n, n, n).transposed(),
             grad,
@@ -239,7 +237,7 @@ impl CustomOp3 for PackedAttention {
             .zip(self.split(v, kv_width));
         let work: Vec<_> = inputs.zip(self.split_mut(&mut out, q_width)).collect();
         work.into_par_iter()
-            .for_each(|(((q, k), v), out)| attend(q, k, v, 0, &self.shape, out));
+            .for_each(|(((q, k), v), out)| attend(q, k, v, &self.shape, out));
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 
