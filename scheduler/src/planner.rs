@@ -12,6 +12,7 @@ use crate::{CostModel, Job, PlannedBatch, Planning, ScheduleConfig};
 const SIZES: [usize; 16] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
 /// Sequences × stopping length of a batch: what the published table's largest batches hold (256 × 50).
 const PUBLISHED_CACHE: usize = 12_800;
+
 /// Plans with a cost model and with what earlier groups have shown of the predictions.
 pub(crate) struct Planner<'a> {
     cost: CostModel,
@@ -104,9 +105,10 @@ impl<'a> Planner<'a> {
     fn best(&self, mut jobs: Vec<Expected>, may_stop: bool) -> Vec<PlannedBatch> {
         jobs.sort_by(|a, b| a.mean.total_cmp(&b.mean));
         let sums = Sums::of(&jobs, self);
-        let mut best = vec![(0.0, 0, 0); jobs.len() + 1]; // (seconds, batch size, stop on the grid)
+        // (seconds, batch size, stop on the grid); where a cost is no number, each request runs alone.
+        let mut best = vec![(f64::INFINITY, 1, GRID - 1); jobs.len() + 1];
+        best[0].0 = 0.0;
         for end in 1..=jobs.len() {
-            best[end].0 = f64::INFINITY;
             for size in SIZES.into_iter().take_while(|size| *size <= end) {
                 let (seconds, stop) = self.batch(&sums, end - size, end, may_stop);
                 let seconds = seconds + best[end - size].0;
@@ -297,6 +299,13 @@ mod tests {
         for batch in plan(&[100; 32], COST, true) {
             assert!((100..200).contains(&batch.stop_at), "{}", batch.stop_at);
         }
+    }
+
+    #[test]
+    fn a_cost_that_is_no_number_still_plans_every_request() {
+        let broken = CostModel { row: f64::NAN, ..COST };
+        let batches = plan(&[10, 20, 30], broken, false);
+        assert_eq!(batches.iter().map(|b| b.ids.len()).sum::<usize>(), 3);
     }
 
     proptest! {
