@@ -1,8 +1,10 @@
 //! What came of earlier predictions, for the cost planner.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
+use lengthwise_scheduler::{CostModel, Planning};
 use lengthwise_train::files::{LengthRecord, read_lengths};
 use serde::Deserialize;
 
@@ -29,8 +31,14 @@ struct Answered {
 }
 
 impl History<'_> {
+    /// What the planner goes by: the cost model, and this history.
+    pub fn planning(&self, cost: CostModel, cap: u32, seed: u64) -> anyhow::Result<Arc<Planning>> {
+        let history = self.read(cap, seed)?;
+        Ok(Arc::new(Planning { cost, history }))
+    }
+
     /// `(predicted, actual)` in tokens, none above `cap`.
-    pub fn read(&self, cap: u32, seed: u64) -> anyhow::Result<Vec<(u32, u32)>> {
+    fn read(&self, cap: u32, seed: u64) -> anyhow::Result<Vec<(u32, u32)>> {
         let Some(path) = self.path else {
             return Ok(Vec::new());
         };

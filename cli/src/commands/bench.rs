@@ -95,7 +95,9 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
         let began = Instant::now();
         let predicted = predict(global, args, &model, &workload, strategy)?;
         let seconds = began.elapsed().as_secs_f64();
-        let planning = cost.map(|cost| planning(global, args, cost, strategy)).transpose()?;
+        // Only strategies that sort are planned; the others need not read the history.
+        let sorting = cost.filter(|_| strategy.sorts());
+        let planning = sorting.map(|cost| planning(global, args, cost, strategy)).transpose()?;
         for config in args.schedule.configs(strategy, planning.as_ref()) {
             let sequences = &workload.sequences;
             let row = time_strategy(&mut decoder, sequences, &predicted, &config, seconds)?;
@@ -117,8 +119,7 @@ fn planning(global: &Global, args: &BenchArgs, cost: CostModel, strategy: Strate
         noise,
         divide_lengths: args.divide_lengths,
     };
-    let history = history.read(args.schedule.max_new_tokens, global.seed)?;
-    Ok(Arc::new(Planning { cost, history }))
+    history.planning(cost, args.schedule.max_new_tokens, global.seed)
 }
 
 fn workload(global: &Global, args: &BenchArgs, decoder: &LocalDecoder) -> anyhow::Result<Workload> {

@@ -79,8 +79,8 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
                 noise: None,
                 divide_lengths: 1,
             };
-            let history = history.read(args.schedule.max_new_tokens, global.seed)?;
-            config = schedule(args, Some(&Arc::new(Planning { cost, history })))?;
+            let planning = history.planning(cost, args.schedule.max_new_tokens, global.seed)?;
+            config = schedule(args, Some(&planning))?;
         }
         stats = decode(&config, &waiting, requests, &mut decoder, &mut |id, line| {
             journal.push(&line).map_err(DecodeError::sink)?;

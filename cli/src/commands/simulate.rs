@@ -53,7 +53,9 @@ pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
         let requests = requests(global, args, &records, strategy)?;
-        let planning = cost.map(|cost| planning(global, args, cost, strategy)).transpose()?;
+        // Only strategies that sort are planned; the others need not read the history.
+        let sorting = cost.filter(|_| strategy.sorts());
+        let planning = sorting.map(|cost| planning(global, args, cost, strategy)).transpose()?;
         for config in args.schedule.configs(strategy, planning.as_ref()) {
             let simulated = simulate(&requests, &config, cost)?;
             report.strategies.push(StrategyRow {
@@ -82,8 +84,7 @@ fn planning(
         noise,
         divide_lengths: 1,
     };
-    let history = history.read(args.schedule.max_new_tokens, global.seed)?;
-    Ok(Arc::new(Planning { cost, history }))
+    history.planning(cost, args.schedule.max_new_tokens, global.seed)
 }
 
 fn requests(
