@@ -43,15 +43,25 @@ pub fn open(choice: Option<DeviceChoice>) -> anyhow::Result<Device> {
         Some(DeviceChoice::Cuda(_)) if !built_in => {
             anyhow::bail!("this program was built without CUDA: use --device cpu")
         }
-        Some(DeviceChoice::Cuda(number)) => {
-            Device::new_cuda(number).with_context(|| format!("GPU {number} cannot be used"))
-        }
-        None if built_in => Ok(Device::new_cuda(0).unwrap_or_else(|err| {
+        Some(DeviceChoice::Cuda(number)) => gpu(number).with_context(|| format!("GPU {number} cannot be used")),
+        None if built_in => Ok(gpu(0).unwrap_or_else(|err| {
             tracing::debug!("no GPU, so the CPU is used: {err}");
             Device::Cpu
         })),
         None => Ok(Device::Cpu),
     }
+}
+
+/// A GPU with one stream for all threads: candle's own choice is one per thread, and a model is loaded by one thread and
+/// run by another.
+fn gpu(number: usize) -> candle_core::Result<Device> {
+    let device = Device::new_cuda_with_stream(number)?;
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = &device {
+        // SAFETY: there is one stream, so nothing has to be ordered between two.
+        unsafe { cuda.disable_event_tracking() };
+    }
+    Ok(device)
 }
 
 #[cfg(test)]

@@ -88,7 +88,7 @@ impl ScheduleArgs {
 /// Size of the KV cache.
 #[derive(Args, Clone, Copy)]
 pub struct CacheArgs {
-    /// Tokens that the KV cache holds [default: what fits 1 GiB]
+    /// Tokens that the KV cache holds [default: what fits 1 GiB, or nine tenths of a GPU's free memory]
     #[arg(long)]
     pub kv_cache_tokens: Option<usize>,
 }

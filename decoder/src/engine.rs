@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
-use lengthwise_model::{Adapter, KvCache, Llama, Segment, kv_bytes_per_token};
-use rayon::prelude::*;
+use lengthwise_model::{Adapter, KvCache, Llama, kv_bytes_per_token, tokens_that_fit};
 
 use crate::SequenceRequest;
 use crate::sequence::Sequence;
@@ -12,7 +11,7 @@ use crate::sequence::Sequence;
 /// How much the engine may hold and do at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Tokens of the KV cache; `None`: as many as fit [`DEFAULT_CACHE_BYTES`].
+    /// Tokens of the KV cache; `None`: as many as fit [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
     pub kv_cache_tokens: Option<usize>,
     /// Most prompt tokens in one forward pass; longer prompts are run in chunks.
     pub max_prefill_tokens: usize,
@@ -27,11 +26,11 @@ impl Default for EngineConfig {
     }
 }
 
-/// Size of the KV cache where none is asked for.
+/// Size of the KV cache on a CPU where none is asked for.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
 
-/// Logits below which one thread draws all tokens: waking another costs some microseconds.
-const DRAW_SERIALLY_BELOW: usize = 1 << 16;
+/// Sequences in a pass that a GPU's memory is taken for at once; more take more when they come.
+const EXPECTED_SLOTS: usize = 256;
 
 /// A model with a KV cache, and an adapter or none.
 pub struct Engine {
@@ -40,6 +39,16 @@ pub struct Engine {
     pub(crate) cache: KvCache,
     eos: Vec<u32>,
     config: EngineConfig,
+}
+
+/// Tokens of the KV cache: those asked for; else on a GPU what its memory holds, and on a CPU a fixed size.
+fn cache_tokens(model: &Llama, config: &EngineConfig) -> Result<usize, DecodeError> {
+    if let Some(tokens) = config.kv_cache_tokens {
+        return Ok(tokens);
+    }
+    let rows = config.max_prefill_tokens + EXPECTED_SLOTS;
+    let fit = tokens_that_fit(model, rows, EXPECTED_SLOTS).map_err(DecodeError::model)?;
+    Ok(fit.unwrap_or(DEFAULT_CACHE_BYTES / kv_bytes_per_token(model.config(), model.dtype())))
 }
 
 impl Engine {
@@ -53,9 +62,11 @@ impl Engine {
         eos: Vec<u32>,
         config: EngineConfig,
     ) -> Result<Self, DecodeError> {
-        let per_token = kv_bytes_per_token(model.config(), model.dtype());
-        let tokens = config.kv_cache_tokens.unwrap_or(DEFAULT_CACHE_BYTES / per_token);
-        let cache = KvCache::new(&model, tokens).map_err(DecodeError::model)?;
+        let tokens = cache_tokens(&model, &config)?;
+        let mut cache = KvCache::new(&model, tokens).map_err(DecodeError::model)?;
+        cache
+            .reserve_passes(config.max_prefill_tokens + EXPECTED_SLOTS, EXPECTED_SLOTS)
+            .map_err(DecodeError::model)?;
         Ok(Self {
             model,
             adapter,
@@ -124,29 +135,17 @@ impl Engine {
     /// for all its pending tokens.
     pub(crate) fn step(&mut self, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
         let counts = self.share_prefill(sequences);
-        let running = || counts.iter().enumerate().filter(|(_, n)| **n > 0);
-        let segments: Vec<Segment> = running()
-            .map(|(i, &n)| Segment {
-                tokens: sequences[i].next_tokens(n),
-                start: sequences[i].cached(),
-                table: &sequences[i].table,
-            })
-            .collect();
-        let logits = self
+        let ran = || counts.iter().copied().enumerate().filter(|(_, n)| *n > 0);
+        let passes = sequences.iter_mut().zip(&counts).filter(|(_, n)| **n > 0);
+        let (segments, mut samplers): (Vec<_>, Vec<_>) = passes.map(|(s, n)| s.pass(*n)).unzip();
+        let tokens = self
             .model
-            .forward(&segments, &mut self.cache, self.adapter.as_deref())
+            .draw(&segments, &mut self.cache, self.adapter.as_deref(), &mut samplers)
             .map_err(DecodeError::model)?;
-        let vocab = self.model.config().vocab_size;
-        let ran = sequences.iter_mut().zip(&counts).filter(|(_, n)| **n > 0);
-        let drawn: Vec<_> = ran.zip(logits.chunks_exact(vocab)).collect();
-        let advance = |((sequence, n), logits): ((&mut &mut Sequence, &usize), &[f32])| {
-            sequence.advance(*n, logits, &self.eos).map_err(DecodeError::model)
-        };
-        // Each request has its own random stream, so the order of the draws does not matter.
-        match logits.len() < DRAW_SERIALLY_BELOW {
-            true => drawn.into_iter().try_for_each(advance),
-            false => drawn.into_par_iter().try_for_each(advance),
+        for ((i, count), token) in ran().zip(tokens) {
+            sequences[i].advance(count, token, &self.eos);
         }
+        Ok(())
     }
 
     /// How many tokens of each sequence go into the next pass: decoding rows always one, prompts share what a pass

@@ -1,7 +1,7 @@
 //! One request on its way through the decoder.
 
 use lengthwise_core::{FinishReason, RequestId, SamplingParams};
-use lengthwise_model::{BlockTable, ModelError, Sampler};
+use lengthwise_model::{BlockTable, Sampler, Segment};
 
 /// A tokenised request.
 #[derive(Debug, Clone, PartialEq)]
@@ -81,26 +81,32 @@ impl Sequence {
         self.cached
     }
 
-    /// The next `count` tokens that the cache does not hold yet.
-    pub fn next_tokens(&self, count: usize) -> &[u32] {
-        &self.tokens[self.cached..self.cached + count]
+    /// The next `count` tokens that the cache does not hold yet, for a forward pass, and what draws the token that
+    /// follows them, if one does.
+    pub fn pass(&mut self, count: usize) -> (Segment<'_>, Option<&mut Sampler>) {
+        let draws = count == self.pending() && self.finish.is_none();
+        let segment = Segment {
+            tokens: &self.tokens[self.cached..self.cached + count],
+            start: self.cached,
+            table: &self.table,
+            adapted: true,
+        };
+        (segment, draws.then_some(&mut self.sampler))
     }
 
-    /// After a forward pass over `count` tokens: draws the next token from `logits` (`[vocab]`) if those were the last.
-    pub fn advance(&mut self, count: usize, logits: &[f32], eos: &[u32]) -> Result<(), ModelError> {
+    /// After a forward pass over `count` tokens: takes the next token if those were the last.
+    pub fn advance(&mut self, count: usize, token: u32, eos: &[u32]) {
         self.cached += count;
         if self.pending() > 0 {
-            return Ok(());
+            return;
         }
         if self.finish.is_some() {
             // A finished row of a static batch holds its slot until the batch ends: it repeats its last token.
             self.cached -= 1;
-            return Ok(());
+            return;
         }
-        let token = self.sampler.sample(logits)?;
         self.tokens.push(token);
         self.finish = self.end_after(token, eos);
-        Ok(())
     }
 
     fn end_after(&self, token: u32, eos: &[u32]) -> Option<FinishReason> {

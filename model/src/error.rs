@@ -118,6 +118,14 @@ pub enum ModelError {
         /// What it said.
         reason: String,
     },
+    /// The device cannot hold the KV cache.
+    #[error("the KV cache needs {needed} bytes, the device has {free} free: ask for fewer tokens (--kv-cache-tokens)")]
+    NoMemory {
+        /// Bytes of the cache.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+    },
     /// Every logit is NaN or infinite.
     #[error("the model's logits are not finite: the weights are damaged, or the dtype is too narrow for them")]
     NonFiniteLogits,

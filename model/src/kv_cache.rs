@@ -25,8 +25,41 @@ pub struct KvCache {
 pub(crate) enum Store {
     /// In main memory, with the buffers of a pass, which are kept from one to the next.
     Host(HostCache, Workspace),
+    /// On a GPU that runs own kernels, with all that a pass needs there.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    Gpu(Box<crate::gpu::GpuCache>),
     /// Tensors `[blocks * BLOCK_TOKENS, kv_heads * head_dim]`, one of each per layer.
     Tensors { keys: Vec<Tensor>, values: Vec<Tensor> },
+}
+
+impl Store {
+    /// Own kernels where the build and the device have them and the model fits them, else candle's operations.
+    fn on_device(model: &Llama, blocks: usize) -> Result<Self, ModelError> {
+        let config = model.config();
+        #[cfg(feature = "cuda")]
+        if model.device().is_cuda() {
+            let gpu = crate::gpu::Gpu::new(model.device())?;
+            let (slots, bytes) = (
+                blocks * BLOCK_TOKENS,
+                blocks * BLOCK_TOKENS * kv_bytes_per_token(config, model.dtype()),
+            );
+            let (free, _) = gpu.memory()?;
+            if bytes > free {
+                return Err(ModelError::NoMemory { needed: bytes, free });
+            }
+            return Ok(Self::Gpu(Box::new(crate::gpu::GpuCache::new(gpu, model, slots)?)));
+        }
+        let shape = (blocks * BLOCK_TOKENS, config.num_key_value_heads * config.head_dim);
+        let layers = || {
+            (0..config.num_hidden_layers)
+                .map(|_| Tensor::zeros(shape, model.dtype(), model.device()))
+                .collect::<candle_core::Result<Vec<_>>>()
+        };
+        Ok(Self::Tensors {
+            keys: layers()?,
+            values: layers()?,
+        })
+    }
 }
 
 /// The blocks that a sequence holds, in the order of its positions.
@@ -59,26 +92,46 @@ impl KvCache {
     /// The device has not that much memory.
     pub fn new(model: &Llama, tokens: usize) -> Result<Self, ModelError> {
         let blocks = tokens.div_ceil(BLOCK_TOKENS).max(1);
-        let config = model.config();
-        let shape = (blocks * BLOCK_TOKENS, config.num_key_value_heads * config.head_dim);
-        let layers = || {
-            (0..config.num_hidden_layers)
-                .map(|_| Tensor::zeros(shape, model.dtype(), model.device()))
-                .collect::<candle_core::Result<Vec<_>>>()
-        };
         let store = match model.runs_on_host() {
-            true => Store::Host(HostCache::new(config, blocks), Workspace::default()),
-            false => Store::Tensors {
-                keys: layers()?,
-                values: layers()?,
-            },
+            true => Store::Host(HostCache::new(model.config(), blocks), Workspace::default()),
+            false => Store::on_device(model, blocks)?,
         };
-        Ok(Self {
+        Ok(Self::with_store(store, blocks))
+    }
+
+    fn with_store(store: Store, blocks: usize) -> Self {
+        Self {
             store,
             logits: Vec::new(),
             free: (0..blocks as u32).rev().collect(),
             blocks,
-        })
+        }
+    }
+
+    /// Takes the memory of passes of up to `rows` new tokens in `segments` sequences now, where a device would else take
+    /// it in the middle of the work.
+    ///
+    /// # Errors
+    /// The device has not that much memory.
+    pub fn reserve_passes(&mut self, rows: usize, segments: usize) -> Result<(), ModelError> {
+        #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+        if let Store::Gpu(gpu) = &mut self.store {
+            gpu.reserve(rows, segments)?;
+        }
+        let _ = (rows, segments);
+        Ok(())
+    }
+
+    /// A cache of `model` on the emulator of the GPU's kernels, whatever device its weights are on.
+    ///
+    /// # Errors
+    /// The kernels do not take the model.
+    #[cfg(feature = "kernel-emulation")]
+    pub fn emulated(model: &Llama, tokens: usize) -> Result<Self, ModelError> {
+        let blocks = tokens.div_ceil(BLOCK_TOKENS).max(1);
+        let gpu = crate::gpu::Gpu::new(&candle_core::Device::Cpu)?;
+        let cache = crate::gpu::GpuCache::new(gpu, model, blocks * BLOCK_TOKENS)?;
+        Ok(Self::with_store(Store::Gpu(Box::new(cache)), blocks))
     }
 
     /// Tokens that the whole cache holds.
@@ -106,6 +159,23 @@ impl KvCache {
     pub fn release(&mut self, table: BlockTable) {
         self.free.extend(table.blocks.into_iter().rev());
     }
+}
+
+/// Tokens of `model` that a cache on its device can hold besides passes of up to `rows` new tokens in `segments` sequences:
+/// nine tenths of the memory that is free there. `None` for a device whose memory is not known: the CPU.
+///
+/// # Errors
+/// The device failed.
+pub fn tokens_that_fit(model: &Llama, rows: usize, segments: usize) -> Result<Option<usize>, ModelError> {
+    #[cfg(feature = "cuda")]
+    if model.device().is_cuda() {
+        let (free, _) = crate::gpu::Gpu::new(model.device())?.memory()?;
+        let passes = crate::gpu::pass_bytes(model.config(), model.dtype(), rows, segments);
+        let left = (free / 10 * 9).saturating_sub(passes);
+        return Ok(Some(left / kv_bytes_per_token(model.config(), model.dtype())));
+    }
+    let _ = (model, rows, segments);
+    Ok(None)
 }
 
 /// Bytes of keys and values per token, over all layers.

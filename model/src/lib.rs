@@ -4,6 +4,8 @@ mod config;
 mod cpu;
 mod error;
 mod generation;
+#[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+mod gpu;
 mod hub;
 mod kv_cache;
 mod length_head;
@@ -24,7 +26,7 @@ mod testing;
 pub use config::{ModelConfig, RopeScaling};
 pub use error::ModelError;
 pub use hub::{Hub, HubConfig, HubError, HubId};
-pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token};
+pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token, tokens_that_fit};
 pub use length_head::{LengthBins, LengthDistribution, LengthHead, LengthHeadConfig, QUANTILES, largest_of};
 pub use lora::{Adapter, Dropout, LinearKind, LoraConfig, TargetModules};
 pub use network::{GradientSink, Llama, Segment, TrainPass};

@@ -1,8 +1,11 @@
 //! The transformer: one network for every Llama-style model; what differs between them is data in the config.
 
 mod block;
+mod draw;
 mod host;
 mod linear;
+#[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+mod parts;
 mod pass;
 mod rope_scaling;
 #[cfg(test)]
@@ -112,16 +115,22 @@ impl Llama {
         cache: &'c mut KvCache,
         adapter: Option<&Adapter>,
     ) -> Result<&'c [f32], ModelError> {
-        pass::check(segments)?;
-        let (tokens, positions) = self.pack(segments.iter().map(|s| (s.tokens, s.start)))?;
+        let (tokens, positions) = self.check(segments)?;
         match &mut cache.store {
+            #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+            Store::Gpu(gpu) => {
+                gpu.launch(segments, adapter, &[])?;
+                gpu.logits(&mut cache.logits)?;
+            }
             Store::Host(host, workspace) => {
                 let spans = host::spans(segments);
+                let adapted: Vec<bool> = segments.iter().map(|s| s.adapted).collect();
                 let pass = host::HostPass {
                     tokens: &tokens,
                     positions: &positions,
                     spans: &spans,
                     adapter,
+                    adapted: &adapted,
                 };
                 self.forward_host(&pass, host, workspace, &mut cache.logits)?;
             }
@@ -131,6 +140,7 @@ impl Llama {
                     positions,
                     rope: &self.rope,
                     adapter,
+                    unadapted: pass::unadapted(segments, self.device())?,
                     dropout: None,
                     attention: Attention::Cached {
                         keys,
@@ -197,6 +207,12 @@ impl Llama {
             }
         }
         Ok(merged)
+    }
+
+    /// Every segment has tokens of this vocabulary at positions of this model, and blocks for them; returns them packed.
+    fn check(&self, segments: &[Segment]) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
+        pass::check(segments)?;
+        self.pack(segments.iter().map(|s| (s.tokens, s.start)))
     }
 
     /// All tokens of a batch one behind the other, and the position of each in its own sequence.

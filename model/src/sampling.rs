@@ -7,6 +7,16 @@ use rand_chacha::ChaCha8Rng;
 use crate::ModelError;
 use crate::ops::vector;
 
+/// How one token is drawn, decided before its logits are known.
+#[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Draw {
+    /// The request's settings.
+    pub params: SamplingParams,
+    /// A number in [0, 1); 0 at temperature 0, where none is needed.
+    pub random: f64,
+}
+
 /// Draws one request's tokens. The n-th token depends on the request's seed and the logits alone: exactly one random
 /// number is taken per token, so a request's sample does not depend on its batch.
 #[derive(Debug, Clone)]
@@ -35,6 +45,25 @@ impl Sampler {
         sampler
     }
 
+    /// The next token's draw, for a device that makes it from the logits as [`Sampler::sample`] would.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    pub(crate) fn next_draw(&mut self) -> Draw {
+        let random = if self.is_greedy() { 0.0 } else { self.random() };
+        Draw {
+            params: self.params,
+            random,
+        }
+    }
+
+    fn is_greedy(&self) -> bool {
+        self.params.temperature.is_nan() || self.params.temperature <= 0.0
+    }
+
+    /// 53 bits: a number in [0, 1).
+    fn random(&mut self) -> f64 {
+        (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
     /// The next token; of equally likely ones the lowest at temperature 0.
     ///
     /// - `logits`: `[vocab]`
@@ -43,11 +72,10 @@ impl Sampler {
     /// No logit is finite.
     pub fn sample(&mut self, logits: &[f32]) -> Result<u32, ModelError> {
         let (best, largest) = argmax(logits).ok_or(ModelError::NonFiniteLogits)?;
-        if self.params.temperature.is_nan() || self.params.temperature <= 0.0 {
+        if self.is_greedy() {
             return Ok(best);
         }
-        // 53 bits: a number in [0, 1).
-        let draw = (self.rng.next_u64() >> 11) as f64 / (1u64 << 53) as f64;
+        let draw = self.random();
         let weigh = |logit: f32| ((logit - largest) / self.params.temperature).exp();
         let candidates = logits.iter().enumerate().filter(|(_, l)| l.is_finite());
         let candidates = candidates.map(|(token, &logit)| (token as u32, weigh(logit)));
@@ -95,6 +123,8 @@ impl Sampler {
         if let Some(last) = self.candidates.iter().position(reaches) {
             self.candidates.truncate(last + 1);
         }
+        // In the order of the tokens again, as a device draws.
+        self.candidates.sort_unstable_by_key(|(token, _)| *token);
     }
 }
 

@@ -47,12 +47,7 @@ impl Block {
             input_norm: norm("input_layernorm", config.hidden_size)?,
             post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
             qk_norms,
-            shape: AttentionShape {
-                heads: config.num_attention_heads,
-                kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-                window: config.sliding_window,
-            },
+            shape: AttentionShape::of(config),
             eps: config.rms_norm_eps,
         })
     }
@@ -121,6 +116,10 @@ impl Block {
         let Some((adapter, pair)) = pass.adapter.and_then(|a| Some((a, a.pair(layer, kind)?))) else {
             return Ok(base);
         };
-        base + adapter.low_rank(pair, x, pass.dropout)?
+        let term = adapter.low_rank(pair, x, pass.dropout)?;
+        match &pass.unadapted {
+            Some(mask) => base + mask.apply(&term)?,
+            None => base + term,
+        }
     }
 }

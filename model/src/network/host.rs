@@ -18,6 +18,32 @@ pub(super) struct HostPass<'a> {
     pub positions: &'a [u32],
     pub spans: &'a [Span<'a>],
     pub adapter: Option<&'a Adapter>,
+    /// Of every span: whether the adapter changes it.
+    pub adapted: &'a [bool],
+}
+
+impl HostPass<'_> {
+    /// Empties the rows of `low` that belong to spans without the adapter; `low` has all rows, or each span's last.
+    fn drop_unadapted(&self, low: &mut [f32], rank: usize) {
+        if self.adapted.iter().all(|adapted| *adapted) {
+            return;
+        }
+        let one_each = low.len() == self.spans.len() * rank;
+        for (i, (span, _)) in self
+            .spans
+            .iter()
+            .zip(self.adapted)
+            .enumerate()
+            .filter(|(_, (_, a))| !**a)
+        {
+            let rows = if one_each {
+                i..i + 1
+            } else {
+                span.row..span.row + span.rows
+            };
+            low[rows.start * rank..rows.end * rank].fill(0.0);
+        }
+    }
 }
 
 /// Where the new tokens of every segment lie among the packed rows.
@@ -208,6 +234,7 @@ fn add_low_rank(
     let (rank, _) = pair.a.shape();
     low.resize(tokens * rank, 0.0);
     multiply_into(&pair.a, x, low, false);
+    pass.drop_unadapted(low, rank);
     let scale = adapter.config().scale() as f32;
     low.iter_mut().for_each(|v| *v *= scale);
     multiply_into(&pair.b, rows(low, rank), sum, true);

@@ -53,6 +53,15 @@ impl Weight {
         Self::new(sum.to_dtype(weight.dtype())?.detach())
     }
 
+    /// The weight as a tensor, `[out, in]`; a copy where it is packed.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    pub fn tensor(&self) -> Result<Tensor> {
+        match self {
+            Self::Packed(packed) => Tensor::from_vec(packed.unpack(), packed.shape(), &Device::Cpu),
+            Self::Plain(weight) => Ok(weight.clone()),
+        }
+    }
+
     pub fn packed(&self) -> Option<&Arc<PackedMatrix>> {
         match self {
             Self::Packed(weight) => Some(weight),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 
 use crate::lora::{Adapter, Dropout};
 use crate::ops::{CachedRow, RopeTable};
@@ -17,6 +17,8 @@ pub struct Segment<'a> {
     pub start: usize,
     /// The sequence's blocks, with room for `start + tokens.len()`.
     pub table: &'a BlockTable,
+    /// Whether the pass' adapter, if it has one, changes this segment: segments with and without it share a pass.
+    pub adapted: bool,
 }
 
 /// Where a pass finds keys and values.
@@ -38,8 +40,44 @@ pub(super) struct Pass<'a> {
     pub positions: Arc<[u32]>,
     pub rope: &'a Arc<RopeTable>,
     pub adapter: Option<&'a Adapter>,
+    /// Where some rows are without the adapter: which have it.
+    pub unadapted: Option<RowMask>,
     pub dropout: Option<&'a Dropout>,
     pub attention: Attention<'a>,
+}
+
+/// 1 for rows with the adapter, 0 for those without, f32.
+pub(super) struct RowMask {
+    /// `[tokens, 1]`.
+    all: Tensor,
+    /// Of each segment's last row, `[segments, 1]`.
+    last: Tensor,
+}
+
+impl RowMask {
+    /// `x` (`[tokens, n]` or `[segments, n]`) with the rows that have no adapter emptied.
+    pub fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let mask = if x.dim(0)? == self.all.dim(0)? {
+            &self.all
+        } else {
+            &self.last
+        };
+        x.broadcast_mul(&mask.to_dtype(x.dtype())?)
+    }
+}
+
+/// The mask that segments without the adapter need.
+pub(super) fn unadapted(segments: &[Segment], device: &Device) -> candle_core::Result<Option<RowMask>> {
+    if segments.iter().all(|s| s.adapted) {
+        return Ok(None);
+    }
+    let factor = |segment: &Segment| if segment.adapted { 1f32 } else { 0.0 };
+    let all = segments.iter().flat_map(|s| vec![factor(s); s.tokens.len()]);
+    let column = |rows: Vec<f32>| Tensor::from_slice(&rows, (rows.len(), 1), device);
+    Ok(Some(RowMask {
+        all: column(all.collect())?,
+        last: column(segments.iter().map(factor).collect())?,
+    }))
 }
 
 /// Every segment has tokens, and blocks for them.

@@ -47,6 +47,7 @@ fn run(llama: &Llama, prompts: &[&[u32]], chunk: usize, adapter: Option<&Adapter
                 tokens: &prompts[i][done[i]..end],
                 start: done[i],
                 table: &tables[i],
+                adapted: true,
             });
             who.push((i, end));
         }

@@ -145,6 +145,7 @@ impl<'a> TrainPass<'a> {
             positions: positions.clone(),
             rope: &self.llama.rope,
             adapter: self.adapter,
+            unadapted: None,
             dropout,
             attention: Attention::Packed(lengths.clone()),
         }

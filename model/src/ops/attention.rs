@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::matrix::{Mat, product};
 use super::{floats, has_kernel, to_floats, vector};
+use crate::ModelConfig;
 
 /// Sizes of an attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -22,6 +23,16 @@ pub(crate) struct AttentionShape {
 }
 
 impl AttentionShape {
+    /// Those of a model's layers.
+    pub fn of(config: &ModelConfig) -> Self {
+        Self {
+            heads: config.num_attention_heads,
+            kv_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            window: config.sliding_window,
+        }
+    }
+
     /// Elements of a query row.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim

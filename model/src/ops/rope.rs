@@ -31,6 +31,13 @@ impl RopeTable {
         self.cos.len() / self.half
     }
 
+    /// Cosines and sines of every position, `[positions, head_dim / 2]` each.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    pub fn tensors(&self, device: &Device) -> Result<(Tensor, Tensor)> {
+        let tensor = |table: &[f32]| Tensor::from_slice(table, (self.positions(), self.half), device);
+        Ok((tensor(&self.cos)?, tensor(&self.sin)?))
+    }
+
     /// `[t, 1, half]` cosines and sines of the given positions.
     fn rows(&self, positions: &[u32], device: &Device) -> Result<(Tensor, Tensor)> {
         let pick = |table: &[f32]| {

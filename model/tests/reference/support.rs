@@ -119,6 +119,7 @@ impl<'a> Running<'a> {
                 tokens,
                 start: self.rows[row].1,
                 table: &self.rows[row].0,
+                adapted: true,
             })
             .collect();
         let logits = self.llama.forward(&segments, &mut self.cache, self.adapter)?;

@@ -1,0 +1,144 @@
+// Runs a launch block by block. Not thread safe: the caller launches one kernel at a time.
+#include "../kernels.cu"
+
+#include <csetjmp>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <string>
+#include <ucontext.h>
+#include <vector>
+
+namespace emulator {
+Index thread, block, block_size, grid_size;
+unsigned char *dynamic_shared;
+
+namespace {
+constexpr size_t STACK = 64 << 10, SHARED = 256 << 10;
+
+// A context begins a thread on its own stack; jumps then go back and forth, without the system call of swapcontext.
+struct Fiber {
+    ucontext_t context;
+    std::jmp_buf at;
+    bool begun;
+    std::unique_ptr<unsigned char[]> stack;
+    Wait waits;
+};
+
+std::map<std::string, Invoke> &kernels() {
+    static std::map<std::string, Invoke> all;
+    return all;
+}
+
+std::vector<Fiber> fibers;
+std::vector<uint64_t> slots;
+std::jmp_buf scheduler;
+size_t running;
+Invoke current;
+void **current_arguments;
+bool backwards;
+alignas(16) unsigned char shared_memory[SHARED];
+char error[256];
+
+void run_thread() {
+    current(current_arguments);
+    wait(Wait::Done);
+}
+
+void resume(size_t i) {
+    running = i;
+    thread = {(unsigned)i, 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (fibers[i].begun) _longjmp(fibers[i].at, 1);
+    fibers[i].begun = true;
+    setcontext(&fibers[i].context);
+}
+
+// Lets go of every warp whose threads all wait for each other; false where a part of one waits in vain.
+bool release_warps(size_t count, bool *released) {
+    for (size_t first = 0; first < count; first += 32) {
+        size_t waiting = 0, lanes = std::min<size_t>(32, count - first);
+        for (size_t i = first; i < first + lanes; i++) waiting += fibers[i].waits == Wait::Warp;
+        if (waiting > 0 && waiting < lanes) return false;
+        if (waiting == 0) continue;
+        for (size_t i = first; i < first + lanes; i++) fibers[i].waits = Wait::Ready;
+        *released = true;
+    }
+    return true;
+}
+
+// Runs one block to its end; null, or what is wrong with the kernel.
+const char *run_block(size_t count) {
+    // What a kernel did not write is no number.
+    std::memset(shared_memory, 0xff, sizeof shared_memory);
+    for (size_t i = 0; i < count; i++) {
+        Fiber &fiber = fibers[i];
+        if (!fiber.stack) fiber.stack.reset(new unsigned char[STACK]);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = STACK;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_thread, 0);
+        fiber.waits = Wait::Ready;
+        fiber.begun = false;
+    }
+    for (;;) {
+        for (size_t n = 0; n < count; n++) {
+            const size_t i = backwards ? count - 1 - n : n;
+            if (fibers[i].waits == Wait::Ready) resume(i);
+        }
+        bool released = false;
+        if (!release_warps(count, &released)) return "some lanes of a warp miss a shuffle";
+        if (released) continue;
+        size_t done = 0;
+        for (size_t i = 0; i < count; i++) done += fibers[i].waits == Wait::Done;
+        if (done == count) return nullptr;
+        if (done > 0) return "some threads of a block miss a barrier";
+        for (size_t i = 0; i < count; i++) fibers[i].waits = Wait::Ready;
+    }
+}
+} // namespace
+
+void wait(Wait for_whom) {
+    fibers[running].waits = for_whom;
+    if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
+}
+
+uint64_t *warp_slots() { return &slots[thread.x / 32 * 32]; }
+
+Registered::Registered(const char *name, Invoke invoke) { kernels()[name] = invoke; }
+} // namespace emulator
+
+// Whether the threads of a block run in the order of their numbers or against it: what differs between the two lacks a
+// barrier.
+extern "C" void emulator_backwards(bool backwards) { emulator::backwards = backwards; }
+
+// Null, or one line that says what is wrong, valid until the next launch.
+extern "C" const char *emulator_launch(const char *name, const unsigned *grid, const unsigned *block, unsigned shared,
+                                       void **arguments) {
+    using namespace emulator;
+    const auto fail = [&](const char *why) {
+        std::snprintf(error, sizeof error, "kernel %s: %s", name, why);
+        return error;
+    };
+    const auto found = kernels().find(name);
+    if (found == kernels().end()) return fail("there is none of that name");
+    const size_t count = block[0];
+    if (count == 0 || count > 1024 || count % 32 != 0 || block[1] != 1 || block[2] != 1)
+        return fail("a block has 32 to 1024 threads, whole warps of them, in one dimension");
+    if (shared > SHARED) return fail("too much shared memory");
+    current = found->second;
+    current_arguments = arguments;
+    dynamic_shared = shared_memory;
+    block_size = {block[0], 1, 1};
+    grid_size = {grid[0], grid[1], grid[2]};
+    if (fibers.size() < count) fibers = std::vector<Fiber>(count);
+    slots.assign(count, 0);
+    for (unsigned z = 0; z < grid[2]; z++)
+        for (unsigned y = 0; y < grid[1]; y++)
+            for (unsigned x = 0; x < grid[0]; x++) {
+                emulator::block = {x, y, z};
+                if (const char *why = run_block(count)) return fail(why);
+            }
+    return nullptr;
+}

@@ -1,0 +1,71 @@
+// An adapter's low-rank terms: f32 factors on rows of the model's type, and only on the rows that have the adapter.
+#pragma once
+#include "common.cuh"
+
+#define LOW_RANK_ROWS 4
+#define LOW_RANK_AT_ONCE 8
+
+// low[r] = scale[r] * (a x[r]), 0 where scale[r] is 0.
+// - x: [rows, width], row r begins at r * stride; a: [rank, width] f32; low: [rows, rank] f32; scale: [rows] f32
+// A block takes LOW_RANK_ROWS rows and LOW_RANK_AT_ONCE ranks, so that a's rows are read once for several rows.
+template <typename T>
+__device__ void low_rank_down(float *low, const T *x, const float *a, const float *scale, int rows, int width,
+                              int stride, int rank) {
+    const int row = blockIdx.x * LOW_RANK_ROWS, first = blockIdx.y * LOW_RANK_AT_ONCE;
+    const int row_count = min(LOW_RANK_ROWS, rows - row), rank_count = min(LOW_RANK_AT_ONCE, rank - first);
+    bool any = false;
+    for (int r = 0; r < row_count; r++) any = any || scale[row + r] != 0.0f;
+    float sums[LOW_RANK_ROWS][LOW_RANK_AT_ONCE];
+    for (int r = 0; r < LOW_RANK_ROWS; r++)
+        for (int k = 0; k < LOW_RANK_AT_ONCE; k++) sums[r][k] = 0;
+    if (any) {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) {
+            float xs[LOW_RANK_ROWS];
+#pragma unroll
+            for (int r = 0; r < LOW_RANK_ROWS; r++)
+                xs[r] = r < row_count ? widen(x[(size_t)(row + r) * stride + i]) : 0.0f;
+#pragma unroll
+            for (int k = 0; k < LOW_RANK_AT_ONCE; k++) {
+                const float w = k < rank_count ? a[(size_t)(first + k) * width + i] : 0.0f;
+#pragma unroll
+                for (int r = 0; r < LOW_RANK_ROWS; r++) sums[r][k] += xs[r] * w;
+            }
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < LOW_RANK_ROWS; r++) {
+#pragma unroll
+        for (int k = 0; k < LOW_RANK_AT_ONCE; k++) {
+            if (r >= row_count || k >= rank_count) continue; // The same for the whole block.
+            const float sum = block_sum(sums[r][k]);
+            if (threadIdx.x == 0) low[(size_t)(row + r) * rank + first + k] = scale[row + r] * sum;
+        }
+    }
+}
+
+// out[r] += b low[r] on rows whose scale is not 0; grid (rows, parts of a row).
+// - out: [rows, width], row r begins at r * stride; b: [width, rank] f32; low: [rows, rank] f32
+template <typename T>
+__device__ void low_rank_up(T *out, const float *low, const float *b, const float *scale, int width, int stride,
+                            int rank) {
+    const int row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
+    if (i >= width || scale[row] == 0.0f) return;
+    float sum = 0;
+    for (int k = 0; k < rank; k++) sum += low[(size_t)row * rank + k] * b[(size_t)i * rank + k];
+    T *to = out + (size_t)row * stride + i;
+    *to = narrow<T>(widen(*to) + sum);
+}
+
+#define LOW_RANK_KERNELS(suffix, T)                                                                                    \
+    extern "C" __global__ void low_rank_down_##suffix(float *low, const T *x, const float *a, const float *scale,      \
+                                                      int rows, int width, int stride, int rank) {                     \
+        low_rank_down<T>(low, x, a, scale, rows, width, stride, rank);                                                 \
+    }                                                                                                                  \
+    REGISTER_KERNEL(low_rank_down_##suffix)                                                                            \
+    extern "C" __global__ void low_rank_up_##suffix(T *out, const float *low, const float *b, const float *scale,      \
+                                                    int width, int stride, int rank) {                                 \
+        low_rank_up<T>(out, low, b, scale, width, stride, rank);                                                       \
+    }                                                                                                                  \
+    REGISTER_KERNEL(low_rank_up_##suffix)
+
+FOR_EACH_DTYPE(LOW_RANK_KERNELS)

@@ -1,0 +1,243 @@
+//! What a pass asks of the device: memory, copies, matrix products and launches of kernels, all in one stream.
+
+use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+
+#[cfg(feature = "cuda")]
+use super::cuda::{CudaBuffer, CudaGpu};
+#[cfg(feature = "kernel-emulation")]
+use super::emulated::EmulatedGpu;
+
+/// A device address.
+pub(crate) type Address = u64;
+
+/// A GPU, or the emulator in its place.
+pub(crate) enum Gpu {
+    #[cfg(feature = "cuda")]
+    Cuda(Box<CudaGpu>),
+    #[cfg(feature = "kernel-emulation")]
+    Emulated(EmulatedGpu),
+}
+
+/// Memory of the device, zero at first.
+pub(crate) enum Buffer {
+    #[cfg(feature = "cuda")]
+    Cuda(CudaBuffer),
+    /// In words of 16 bytes, for the alignment.
+    #[cfg(feature = "kernel-emulation")]
+    Emulated(Vec<u128>),
+}
+
+/// An argument of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Arg {
+    /// A device pointer; 0 is null.
+    Pointer(Address),
+    Int(i32),
+    Float(f32),
+}
+
+impl Arg {
+    /// The argument's bytes, in the low ones of a word: what a launch reads of it, on a little-endian machine.
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::Pointer(address) => address,
+            Self::Int(int) => u64::from(int as u32),
+            Self::Float(float) => u64::from(float.to_bits()),
+        }
+    }
+}
+
+/// One kernel's launch.
+#[derive(Debug)]
+pub(crate) struct Launch<'a> {
+    /// The kernel's name in `model/kernels`.
+    pub kernel: &'a str,
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory of a block.
+    pub shared: u32,
+    pub args: &'a [Arg],
+}
+
+/// `out = x wᵀ`, or `out += x wᵀ`: sums in f32, rows of `inputs` and `outputs` elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Gemm {
+    /// `[rows, outputs]` in `out_dtype`, rows `outputs` apart.
+    pub out: Address,
+    /// `[rows, inputs]` in `dtype`, rows `inputs` apart.
+    pub x: Address,
+    /// `[outputs, inputs]` in `dtype`.
+    pub w: Address,
+    pub rows: usize,
+    pub outputs: usize,
+    pub inputs: usize,
+    pub accumulate: bool,
+    pub dtype: DType,
+    pub out_dtype: DType,
+}
+
+impl Gpu {
+    /// The device that candle's tensors on `device` are on.
+    ///
+    /// # Errors
+    /// The driver refuses the kernels.
+    pub fn new(device: &Device) -> Result<Self> {
+        match device {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(device) => Ok(Self::Cuda(Box::new(CudaGpu::new(device)?))),
+            #[cfg(feature = "kernel-emulation")]
+            Device::Cpu => Ok(Self::Emulated(EmulatedGpu::default())),
+            other => bail!("{:?} has no kernels in this build", other.location()),
+        }
+    }
+
+    /// Zeroed memory.
+    pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Ok(Buffer::Cuda(gpu.alloc(bytes)?)),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => Ok(Buffer::Emulated(vec![0; bytes.div_ceil(16)])),
+        }
+    }
+
+    /// Bytes that are free, of how many.
+    #[cfg(feature = "cuda")]
+    pub fn memory(&self) -> Result<(usize, usize)> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.memory(),
+            // No memory of its own.
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => Ok((usize::MAX, usize::MAX)),
+        }
+    }
+
+    /// Copies words to the device; `from` may change as soon as this has returned.
+    ///
+    /// # Safety
+    /// `to` is the address of as many words that belong to the caller.
+    pub unsafe fn upload(&self, to: Address, from: &[u32]) -> Result<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => unsafe { gpu.upload(to, from) },
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(gpu) => {
+                // SAFETY: the caller's promise.
+                unsafe { gpu.upload(to, from) };
+                Ok(())
+            }
+        }
+    }
+
+    /// Waits for all that was launched and copies words from the device.
+    ///
+    /// # Safety
+    /// `from` is the address of as many words.
+    pub unsafe fn download(&self, from: Address, to: &mut [u32]) -> Result<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => unsafe { gpu.download(from, to) },
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(gpu) => {
+                // SAFETY: the caller's promise.
+                unsafe { gpu.download(from, to) };
+                Ok(())
+            }
+        }
+    }
+
+    /// Puts a kernel into the stream.
+    ///
+    /// # Safety
+    /// The arguments are what the kernel takes, and its pointers hold what it reads and writes until it has run.
+    pub unsafe fn launch(&self, launch: &Launch) -> Result<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => unsafe { gpu.launch(launch) },
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(gpu) => unsafe { gpu.launch(launch) },
+        }
+    }
+
+    /// Puts a matrix product into the stream.
+    ///
+    /// # Safety
+    /// The addresses hold what the shapes say until it has run.
+    pub unsafe fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        match self {
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => unsafe { gpu.gemm(gemm) },
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(gpu) => unsafe { gpu.gemm(gemm) },
+        }
+    }
+
+    /// Does what `launches` puts into the stream. The second time with the same `key` it is recorded as a CUDA graph, and
+    /// later times replay that in one launch: `key` must name everything that the launches depend on.
+    pub fn replay(&self, key: u64, launches: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.replay(key, launches),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => {
+                let _ = key;
+                launches()
+            }
+        }
+    }
+
+    /// Where a contiguous tensor lies on this device.
+    pub fn address(&self, tensor: &Tensor) -> Result<Address> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Some((start, _)) = layout.contiguous_offsets() else {
+            bail!("the GPU path expects contiguous tensors");
+        };
+        let base = match &*storage {
+            #[cfg(feature = "cuda")]
+            Storage::Cuda(storage) => super::cuda::address(storage)?,
+            Storage::Cpu(storage) => host_address(storage)?,
+            _ => bail!("the GPU path cannot read this tensor's memory"),
+        };
+        Ok(base + (start * tensor.dtype().size_in_bytes()) as u64)
+    }
+}
+
+fn host_address(storage: &CpuStorage) -> Result<Address> {
+    match storage {
+        CpuStorage::F32(data) => Ok(data.as_ptr() as Address),
+        CpuStorage::BF16(data) => Ok(data.as_ptr() as Address),
+        CpuStorage::F16(data) => Ok(data.as_ptr() as Address),
+        CpuStorage::U32(data) => Ok(data.as_ptr() as Address),
+        _ => bail!("the GPU path runs f32, bf16 and f16"),
+    }
+}
+
+impl Buffer {
+    /// Where it begins, aligned to 16 bytes.
+    pub fn address(&self) -> Address {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(buffer) => buffer.address(),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(words) => words.as_ptr() as Address,
+        }
+    }
+}
+
+/// The suffix of a dtype's kernels.
+pub(crate) fn suffix(dtype: DType) -> Result<&'static str> {
+    match dtype {
+        DType::F32 => Ok("f32"),
+        DType::BF16 => Ok("bf16"),
+        DType::F16 => Ok("f16"),
+        other => bail!("the GPU path runs f32, bf16 and f16, not {}", other.as_str()),
+    }
+}

@@ -1,0 +1,22 @@
+//! The GPU path: own kernels (`model/kernels`) and cuBLAS on buffers that are kept from pass to pass.
+//!
+//! All of it but [`cuda`] also runs on the CPU, on an emulator of the kernels (feature `kernel-emulation`): so the tests
+//! run the very kernels, launches and passes that a GPU gets.
+
+mod backend;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "kernel-emulation")]
+mod emulated;
+mod inputs;
+mod kernels;
+mod pass;
+#[cfg(test)]
+mod tests;
+mod weights;
+mod workspace;
+
+pub(crate) use backend::Gpu;
+pub(crate) use pass::GpuCache;
+#[cfg(feature = "cuda")]
+pub(crate) use pass::pass_bytes;

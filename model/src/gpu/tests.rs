@@ -1,0 +1,56 @@
+//! The kernels against plain references, and whole passes against the CPU path.
+//!
+//! They run on the emulator (`--features kernel-emulation`), in both orders of a block's threads, and on a GPU where
+//! the build has one (`--features cuda`).
+
+mod attention;
+mod network;
+mod rows;
+mod sampling;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::Gpu;
+use super::backend::Address;
+use super::kernels::Kernels;
+use crate::ops::testing::{assert_close, random};
+
+/// Runs a test on every device of this build.
+fn on_each_device(test: impl Fn(&Gpu, &Device) -> Result<()>) -> Result<()> {
+    #[cfg(feature = "kernel-emulation")]
+    for backwards in [false, true] {
+        test(&Gpu::Emulated(super::emulated::EmulatedGpu { backwards }), &Device::Cpu)?;
+    }
+    #[cfg(feature = "cuda")]
+    match Device::new_cuda_with_stream(0) {
+        Ok(device) => test(&Gpu::new(&device)?, &device)?,
+        Err(err) => eprintln!("not run on a GPU: {err}"),
+    }
+    Ok(())
+}
+
+/// The dtypes that the kernels are compiled for, each with what its rounding allows values of about 1.
+const DTYPES: [(DType, f32); 3] = [(DType::F32, 2e-6), (DType::BF16, 2e-2), (DType::F16, 3e-3)];
+
+/// Seeded values on a device, rounded to its dtype.
+fn values(shape: &[usize], seed: u64, dtype: DType, device: &Device) -> Result<Tensor> {
+    random(shape, seed)?.to_dtype(dtype)?.to_device(device)
+}
+
+fn zeros(shape: &[usize], dtype: DType, device: &Device) -> Result<Tensor> {
+    Tensor::zeros(shape, dtype, device)
+}
+
+fn words(words: &[u32], device: &Device) -> Result<Tensor> {
+    Tensor::new(words, device)
+}
+
+/// A tensor as f32 in main memory, all launches done.
+fn read(tensor: &Tensor) -> Result<Tensor> {
+    tensor.device().synchronize()?;
+    tensor.to_dtype(DType::F32)?.to_device(&Device::Cpu)
+}
+
+fn kernels(gpu: &Gpu, dtype: DType) -> Kernels<'_> {
+    Kernels { gpu, dtype }
+}

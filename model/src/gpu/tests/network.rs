@@ -1,0 +1,155 @@
+//! Whole passes on the emulator against the CPU path.
+#![cfg(feature = "kernel-emulation")]
+
+use lengthwise_core::SamplingParams;
+
+use crate::lora::TargetModules;
+use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, ModelConfig, Sampler, Segment};
+
+use candle_core::Device;
+
+/// A prompt, a longer one than a tile, and a single token.
+fn prompts() -> [Vec<u32>; 3] {
+    [vec![3, 9, 4, 1, 7], (0..40).map(|i| (i * 7) % 50).collect(), vec![6]]
+}
+
+/// The models whose differences the kernels know.
+fn configs() -> Vec<ModelConfig> {
+    let base = ModelConfig {
+        head_dim: 16,
+        hidden_size: 64,
+        ..crate::testing::config()
+    };
+    let heads_without_tiles = ModelConfig {
+        head_dim: 8,
+        hidden_size: 32,
+        ..base.clone()
+    };
+    let window = ModelConfig {
+        sliding_window: Some(9),
+        ..base.clone()
+    };
+    let untied = ModelConfig {
+        num_key_value_heads: 4,
+        ..base.clone()
+    };
+    vec![base, heads_without_tiles, window, untied]
+}
+
+fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
+    let config = LoraConfig {
+        target_modules: "all-linear".parse::<TargetModules>().expect("known"),
+        ..Default::default()
+    };
+    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
+    // B is zero at the start: give it values, or nothing is tested.
+    for (name, tensor) in adapter.tensors() {
+        if name.contains("lora_B") {
+            let values = crate::ops::testing::random(tensor.dims(), name.len() as u64)?;
+            tensor.slice_set(&(values * 0.2)?, 0, 0)?;
+        }
+    }
+    Ok(adapter)
+}
+
+/// Logits of a prefill of all prompts, the first ones with the adapter, and of three steps on top, and the tokens drawn in
+/// those.
+fn run(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> anyhow::Result<(Vec<Vec<f32>>, Vec<u32>)> {
+    let mut sequences = prompts();
+    let mut tables = vec![BlockTable::default(); sequences.len()];
+    let mut samplers: Vec<Sampler> = (0..3u64)
+        .map(|seed| {
+            Sampler::new(SamplingParams {
+                temperature: seed as f32 / 2.0,
+                top_k: 20,
+                top_p: 0.9,
+                seed,
+            })
+        })
+        .collect();
+    let (mut logits, mut drawn) = (Vec::new(), Vec::new());
+    let mut cached = [0; 3];
+    for step in 0..4 {
+        for (table, sequence) in tables.iter_mut().zip(&sequences) {
+            assert!(cache.reserve(table, sequence.len()));
+        }
+        let segments: Vec<Segment> = (0..3)
+            .map(|i| Segment {
+                tokens: &sequences[i][cached[i]..],
+                start: cached[i],
+                table: &tables[i],
+                adapted: i < 2,
+            })
+            .collect();
+        if step % 2 == 0 {
+            logits.push(llama.forward(&segments, &mut cache, adapter)?.to_vec());
+        }
+        let mut wanted: Vec<Option<&mut Sampler>> = samplers.iter_mut().map(Some).collect();
+        let tokens = llama.draw(&segments, &mut cache, adapter, &mut wanted)?;
+        for (i, token) in tokens.iter().enumerate() {
+            cached[i] = sequences[i].len();
+            sequences[i].push(*token);
+        }
+        drawn.extend(tokens);
+    }
+    Ok((logits, drawn))
+}
+
+#[test]
+fn passes_give_the_logits_and_tokens_of_the_cpu_path() -> anyhow::Result<()> {
+    for config in configs() {
+        let llama = crate::testing::network(&config)?;
+        let adapter = adapter(&llama)?;
+        for adapter in [None, Some(&adapter)] {
+            let (want, want_drawn) = run(&llama, KvCache::new(&llama, 256)?, adapter)?;
+            let (got, drawn) = run(&llama, KvCache::emulated(&llama, 256)?, adapter)?;
+            for (got, want) in got.iter().flatten().zip(want.iter().flatten()) {
+                assert!((got - want).abs() < 1e-4, "{got}, want {want}: {config:?}");
+            }
+            assert_eq!(drawn, want_drawn, "{config:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn segments_with_and_without_the_adapter_share_a_pass() -> anyhow::Result<()> {
+    let llama = crate::testing::network(&configs()[0])?;
+    let adapter = adapter(&llama)?;
+    let sequences = prompts();
+    let alone = |i: usize, adapter: Option<&Adapter>| -> anyhow::Result<Vec<f32>> {
+        let mut cache = KvCache::new(&llama, 64)?;
+        let mut table = BlockTable::default();
+        assert!(cache.reserve(&mut table, sequences[i].len()));
+        let segment = Segment {
+            tokens: &sequences[i],
+            start: 0,
+            table: &table,
+            adapted: true,
+        };
+        Ok(llama.forward(&[segment], &mut cache, adapter)?.to_vec())
+    };
+    for mut cache in [KvCache::new(&llama, 256)?, KvCache::emulated(&llama, 256)?] {
+        let mut tables = vec![BlockTable::default(); 3];
+        for (table, sequence) in tables.iter_mut().zip(&sequences) {
+            assert!(cache.reserve(table, sequence.len()));
+        }
+        let segments: Vec<Segment> = (0..3)
+            .map(|i| Segment {
+                tokens: &sequences[i],
+                start: 0,
+                table: &tables[i],
+                adapted: i != 1,
+            })
+            .collect();
+        let together = llama.forward(&segments, &mut cache, Some(&adapter))?;
+        for (i, got) in together.chunks_exact(llama.config().vocab_size).enumerate() {
+            let want = alone(i, (i != 1).then_some(&adapter))?;
+            let other = alone(i, (i == 1).then_some(&adapter))?;
+            let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(far(got, &want) < 1e-4, "row {i}: {}", far(got, &want));
+            assert!(far(got, &other) > 1e-2, "row {i}: the adapter makes no difference");
+        }
+    }
+    Ok(())
+}
