@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
-use lengthwise_model::{Adapter, KvCache, Llama, kv_bytes_per_token, tokens_that_fit};
+use lengthwise_model::{Adapter, Flight, KvCache, Llama, kv_bytes_per_token, tokens_that_fit};
 
 use crate::SequenceRequest;
 use crate::sequence::Sequence;
@@ -140,7 +140,8 @@ impl Engine {
         let (segments, mut samplers): (Vec<_>, Vec<_>) = passes.map(|(s, n)| s.pass(*n)).unzip();
         let tokens = self
             .model
-            .draw(&segments, &mut self.cache, self.adapter.as_deref(), &mut samplers)
+            .launch(&segments, &mut self.cache, self.adapter.as_deref(), &mut samplers)
+            .and_then(Flight::land)
             .map_err(DecodeError::model)?;
         for ((i, count), token) in ran().zip(tokens) {
             sequences[i].advance(count, token, &self.eos);

@@ -134,6 +134,16 @@ impl KvCache {
         Ok(Self::with_store(Store::Gpu(Box::new(cache)), blocks))
     }
 
+    /// Whether a pass is launched before the one before has been waited for, so that it may take tokens that only the
+    /// device knows.
+    pub fn overlaps(&self) -> bool {
+        match &self.store {
+            #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+            Store::Gpu(_) => true,
+            _ => false,
+        }
+    }
+
     /// Tokens that the whole cache holds.
     pub fn capacity(&self) -> usize {
         self.blocks * BLOCK_TOKENS

@@ -22,6 +22,7 @@ use crate::ops::{self, RopeTable};
 use crate::{ModelConfig, ModelError, OpenProgress, Weights};
 
 use block::Block;
+pub use draw::{Flight, drawn_token};
 use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
@@ -115,7 +116,7 @@ impl Llama {
         cache: &'c mut KvCache,
         adapter: Option<&Adapter>,
     ) -> Result<&'c [f32], ModelError> {
-        let (tokens, positions) = self.check(segments)?;
+        let (tokens, positions) = self.check(segments, 0)?;
         match &mut cache.store {
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
             Store::Gpu(gpu) => {
@@ -210,15 +211,18 @@ impl Llama {
     }
 
     /// Every segment has tokens of this vocabulary at positions of this model, and blocks for them; returns them packed.
-    fn check(&self, segments: &[Segment]) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
+    ///
+    /// - `drawn`: tokens that the pass before drew and a segment may refer to
+    fn check(&self, segments: &[Segment], drawn: usize) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
         pass::check(segments)?;
-        self.pack(segments.iter().map(|s| (s.tokens, s.start)))
+        self.pack(segments.iter().map(|s| (s.tokens, s.start)), drawn)
     }
 
     /// All tokens of a batch one behind the other, and the position of each in its own sequence.
     fn pack<'a>(
         &self,
         sequences: impl Iterator<Item = (&'a [u32], usize)>,
+        drawn: usize,
     ) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
         let (mut tokens, mut positions) = (Vec::new(), Vec::new());
         for (sequence, start) in sequences {
@@ -227,7 +231,11 @@ impl Llama {
             if end > max {
                 return Err(ModelError::PromptTooLong { got: end, max });
             }
-            if let Some(&token) = sequence.iter().find(|&&t| t as usize >= self.config.vocab_size) {
+            let known = |token: u32| match draw::segment_of(token) {
+                Some(segment) => segment < drawn,
+                None => (token as usize) < self.config.vocab_size,
+            };
+            if let Some(&token) = sequence.iter().find(|t| !known(**t)) {
                 return Err(ModelError::UnknownToken {
                     token,
                     vocab_size: self.config.vocab_size,

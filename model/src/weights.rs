@@ -111,6 +111,26 @@ impl Weights {
         Ok(tensor)
     }
 
+    /// Several matrices of the same input, as [`Weights::get`] gives them. On a GPU they lie one behind the other, so that
+    /// one product can take them all.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn get_adjacent(&self, parts: &[(String, [usize; 2])]) -> Result<Vec<Tensor>, ModelError> {
+        let get = |(name, shape): &(String, [usize; 2])| self.get(name, shape);
+        let tensors: Vec<Tensor> = parts.iter().map(get).collect::<Result<_, _>>()?;
+        if self.device.is_cpu() || tensors.iter().any(|t| t.is_variable()) {
+            return Ok(tensors);
+        }
+        let all = Tensor::cat(&tensors, 0)?;
+        let mut start = 0;
+        let part = |(_, [rows, _]): &(String, [usize; 2])| {
+            start += rows;
+            all.narrow(0, start - rows, *rows)
+        };
+        Ok(parts.iter().map(part).collect::<candle_core::Result<_>>()?)
+    }
+
     /// The tensor as it is stored. Its shape is checked before memory is taken for it.
     fn load(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
         let missing = || ModelError::MissingTensor { name: name.to_owned() };

@@ -27,6 +27,27 @@ pub(crate) enum Buffer {
     Emulated(Vec<u128>),
 }
 
+/// Words on their way from the device.
+#[derive(Debug)]
+pub(crate) enum CopyBack {
+    #[cfg(feature = "cuda")]
+    Cuda(super::cuda::CudaCopy),
+    #[cfg(feature = "kernel-emulation")]
+    Emulated(Vec<u32>),
+}
+
+impl CopyBack {
+    /// Waits for the copy, not for what was launched behind it.
+    pub fn wait(self) -> Result<Vec<u32>> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(copy) => copy.wait(),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(words) => Ok(words),
+        }
+    }
+}
+
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Arg {
@@ -128,6 +149,25 @@ impl Gpu {
                 // SAFETY: the caller's promise.
                 unsafe { gpu.upload(to, from) };
                 Ok(())
+            }
+        }
+    }
+
+    /// Puts a copy of words from the device into the stream, and does not wait for it.
+    ///
+    /// # Safety
+    /// `from` is the address of `count` words until the copy has been taken.
+    pub unsafe fn copy_back(&self, from: Address, count: usize) -> Result<CopyBack> {
+        match self {
+            // SAFETY: the caller's promise.
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => Ok(CopyBack::Cuda(unsafe { gpu.copy_back(from, count)? })),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(gpu) => {
+                let mut words = vec![0; count];
+                // SAFETY: the caller's promise.
+                unsafe { gpu.download(from, &mut words) };
+                Ok(CopyBack::Emulated(words))
             }
         }
     }

@@ -3,11 +3,11 @@
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result as blas, sys as blas_sys};
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys,
+    CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result, sys,
 };
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
@@ -33,11 +33,43 @@ pub(crate) struct CudaGpu {
     _blas_workspace: CudaSlice<u8>,
     module: Arc<CudaModule>,
     functions: RefCell<HashMap<String, CudaFunction>>,
+    /// Page-locked memory that no copy is on its way to.
+    spare: Spare,
     graphs: RefCell<HashMap<u64, Graph>>,
     /// Keys that were launched once: the next time they are recorded.
     warm: RefCell<HashSet<u64>>,
     /// A recording failed.
     unrecordable: Cell<bool>,
+}
+
+/// Words on their way to page-locked memory: a copy to any other would wait for the stream.
+pub(crate) struct CudaCopy {
+    words: PinnedHostSlice<u32>,
+    arrived: CudaEvent,
+    count: usize,
+    /// Where the memory is kept for the next copy.
+    spare: Spare,
+}
+
+type Spare = Arc<Mutex<Vec<PinnedHostSlice<u32>>>>;
+
+impl std::fmt::Debug for CudaCopy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CudaCopy")
+            .field("count", &self.count)
+            .finish_non_exhaustive()
+    }
+}
+
+impl CudaCopy {
+    pub fn wait(self) -> Result<Vec<u32>> {
+        self.arrived.synchronize().map_err(Error::wrap)?;
+        let words = self.words.as_slice().map_err(Error::wrap)?[..self.count].to_vec();
+        if let Ok(mut spare) = self.spare.lock() {
+            spare.push(self.words);
+        }
+        Ok(words)
+    }
 }
 
 /// A recorded pass.
@@ -79,6 +111,7 @@ impl CudaGpu {
             _blas_workspace: workspace,
             module,
             functions: RefCell::default(),
+            spare: Spare::default(),
             graphs: RefCell::default(),
             warm: RefCell::default(),
             unrecordable: Cell::new(false),
@@ -111,6 +144,30 @@ impl CudaGpu {
         // SAFETY: the caller's promise, and the stream is waited for before `to` is given back.
         unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(Error::wrap)?;
         self.stream.synchronize().map_err(Error::wrap)
+    }
+
+    /// # Safety
+    /// As [`super::Gpu::copy_back`].
+    pub unsafe fn copy_back(&self, from: Address, count: usize) -> Result<CudaCopy> {
+        self.bind()?;
+        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
+        let mut words = match spare.filter(|words| words.len() >= count) {
+            Some(words) => words,
+            // SAFETY: it is written before it is read.
+            None => unsafe { self.stream.context().alloc_pinned(count.next_power_of_two()) }.map_err(Error::wrap)?,
+        };
+        let to = words.as_mut_ptr().map_err(Error::wrap)?;
+        // SAFETY: the memory is at least as long, and lies in the result until the copy has arrived.
+        let to = unsafe { std::slice::from_raw_parts_mut(to, count) };
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(Error::wrap)?;
+        let arrived = self.stream.record_event(None).map_err(Error::wrap)?;
+        Ok(CudaCopy {
+            words,
+            arrived,
+            count,
+            spare: self.spare.clone(),
+        })
     }
 
     /// # Safety

@@ -16,7 +16,7 @@ mod tests;
 mod weights;
 mod workspace;
 
-pub(crate) use backend::Gpu;
+pub(crate) use backend::{CopyBack, Gpu};
 pub(crate) use pass::GpuCache;
 #[cfg(feature = "cuda")]
 pub(crate) use pass::pass_bytes;

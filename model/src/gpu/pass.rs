@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use candle_core::{DType, Result, bail};
 
 use super::Gpu;
-use super::backend::{Address, Buffer, Gemm};
+use super::backend::{Address, Buffer, CopyBack, Gemm};
 use super::inputs::{Inputs, Part};
 use super::kernels::{AttendInputs, CacheLayer, Kernels, RopeInputs};
 use super::weights::{GpuWeights, low_rank};
@@ -39,6 +39,8 @@ pub(crate) struct GpuCache {
     inputs: Inputs,
     /// `[MOST_SEGMENTS]` u32: the tokens that the last pass drew.
     drawn: Buffer,
+    /// Whether it drew any.
+    draws: bool,
 }
 
 impl std::fmt::Debug for GpuCache {
@@ -54,7 +56,6 @@ struct Launches<'a> {
     cache: &'a GpuCache,
     kernels: Kernels<'a>,
     adapter: Option<&'a Adapter>,
-    draws: bool,
 }
 
 impl GpuCache {
@@ -72,6 +73,7 @@ impl GpuCache {
             dtype: llama.dtype(),
             work: Workspace::default(),
             inputs: Inputs::default(),
+            draws: false,
             gpu,
             config,
             weights,
@@ -101,6 +103,7 @@ impl GpuCache {
         let tiled = Kernels::has_tiles(self.config.head_dim);
         let scale = adapter.map(|a| a.config().scale() as f32);
         self.inputs.fill(segments, scale, tiled, draws);
+        self.draws = !draws.is_empty();
         let sizes = Sizes {
             rows: self.inputs.rows,
             segments: self.inputs.segments,
@@ -118,7 +121,6 @@ impl GpuCache {
                 dtype: self.dtype,
             },
             adapter,
-            draws: !draws.is_empty(),
         };
         // Prompts come in too many shapes to be recorded; a step of decoding is one of few.
         match self.inputs.tiles == 0 && self.inputs.rows == self.inputs.segments {
@@ -137,12 +139,15 @@ impl GpuCache {
         }
     }
 
-    /// Waits for the last pass and copies the tokens that it drew, one of each segment; `u32::MAX` where no logit was
-    /// finite.
-    pub fn drawn(&self, tokens: &mut Vec<u32>) -> Result<()> {
-        tokens.resize(self.inputs.segments, 0);
-        // SAFETY: a pass has at most as many segments as the buffer holds.
-        unsafe { self.gpu.download(self.drawn.address(), tokens) }
+    /// How many tokens the last pass drew.
+    pub fn last_drawn(&self) -> usize {
+        if self.draws { self.inputs.segments } else { 0 }
+    }
+
+    /// The tokens that the last pass drew, one of each segment, on their way; `u32::MAX` where no logit was finite.
+    pub fn drawn(&self) -> Result<CopyBack> {
+        // SAFETY: a pass has at most as many segments as the buffer holds, which lives as long as the stream's work on it.
+        unsafe { self.gpu.copy_back(self.drawn.address(), self.inputs.segments) }
     }
 
     /// Parts that the keys of each single row are shared out in.
@@ -208,7 +213,7 @@ impl Launches<'_> {
             inputs.singles,
             inputs.table_stride,
             cache.splits(),
-            self.draws,
+            cache.draws,
         )
             .hash(&mut hasher);
         cache.work.generation.hash(&mut hasher);
@@ -264,7 +269,7 @@ impl Launches<'_> {
                 dtype: self.kernels.dtype,
                 out_dtype: DType::F32,
             })?;
-            if self.draws {
+            if self.cache.draws {
                 self.kernels.sample(
                     drawn,
                     places.logits,

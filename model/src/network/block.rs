@@ -8,6 +8,14 @@ use crate::lora::LinearKind;
 use crate::ops::{self, AttentionShape};
 use crate::{ModelConfig, ModelError, Weights};
 
+/// The linear layers by what they multiply, in the order of [`LinearKind::ALL`].
+const SAME_INPUT: [&[LinearKind]; 4] = [
+    &[LinearKind::QProj, LinearKind::KProj, LinearKind::VProj],
+    &[LinearKind::OProj],
+    &[LinearKind::GateProj, LinearKind::UpProj],
+    &[LinearKind::DownProj],
+];
+
 #[derive(Debug, Clone)]
 pub(super) struct Block {
     /// In the order of [`LinearKind::ALL`].
@@ -23,17 +31,24 @@ pub(super) struct Block {
 impl Block {
     pub fn load(config: &ModelConfig, weights: &Weights, layer: usize) -> std::result::Result<Self, ModelError> {
         let at = |name: &str| format!("model.layers.{layer}.{name}.weight");
-        let linear = |kind: LinearKind| {
-            let (out, input) = kind.shape(config);
+        let linear = |kind: LinearKind, weight: Tensor| {
             let has_bias =
                 config.attention_bias && matches!(kind, LinearKind::QProj | LinearKind::KProj | LinearKind::VProj);
             let bias = format!("model.layers.{layer}.{}.bias", kind.path());
+            let out = weight.dim(0)?;
             Ok::<_, ModelError>(Linear {
-                weight: Weight::new(weights.get(&at(&kind.path()), &[out, input])?)?,
+                weight: Weight::new(weight)?,
                 bias: has_bias.then(|| weights.get(&bias, &[out])).transpose()?,
             })
         };
-        let [q, k, v, o, gate, up, down] = LinearKind::ALL.map(linear);
+        let mut linears = Vec::with_capacity(LinearKind::ALL.len());
+        for same_input in SAME_INPUT {
+            let part = |kind: &LinearKind| (at(&kind.path()), kind.shape(config).into());
+            let parts: Vec<(String, [usize; 2])> = same_input.iter().map(part).collect();
+            for (kind, weight) in same_input.iter().zip(weights.get_adjacent(&parts)?) {
+                linears.push(linear(*kind, weight)?);
+            }
+        }
         let norm = |name: &str, width| weights.get(&at(name), &[width]);
         let qk_norms = match config.qk_norm {
             true => Some((
@@ -43,7 +58,9 @@ impl Block {
             false => None,
         };
         Ok(Self {
-            linears: [q?, k?, v?, o?, gate?, up?, down?],
+            linears: linears
+                .try_into()
+                .unwrap_or_else(|_| unreachable!("as many as there are kinds")),
             input_norm: norm("input_layernorm", config.hidden_size)?,
             post_attention_norm: norm("post_attention_layernorm", config.hidden_size)?,
             qk_norms,

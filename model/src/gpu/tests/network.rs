@@ -4,7 +4,7 @@
 use lengthwise_core::SamplingParams;
 
 use crate::lora::TargetModules;
-use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, ModelConfig, Sampler, Segment};
+use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, ModelConfig, Sampler, Segment, drawn_token};
 
 use candle_core::Device;
 
@@ -85,7 +85,7 @@ fn run(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> anyhow::
             logits.push(llama.forward(&segments, &mut cache, adapter)?.to_vec());
         }
         let mut wanted: Vec<Option<&mut Sampler>> = samplers.iter_mut().map(Some).collect();
-        let tokens = llama.draw(&segments, &mut cache, adapter, &mut wanted)?;
+        let tokens = llama.launch(&segments, &mut cache, adapter, &mut wanted)?.land()?;
         for (i, token) in tokens.iter().enumerate() {
             cached[i] = sequences[i].len();
             sequences[i].push(*token);
@@ -108,6 +108,73 @@ fn passes_give_the_logits_and_tokens_of_the_cpu_path() -> anyhow::Result<()> {
             }
             assert_eq!(drawn, want_drawn, "{config:?}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_pass_takes_tokens_that_the_one_before_drew_and_the_host_does_not_know() -> anyhow::Result<()> {
+    const STEPS: usize = 4;
+    let llama = crate::testing::network(&configs()[0])?;
+    let run = |ahead: bool| -> anyhow::Result<Vec<u32>> {
+        let mut cache = KvCache::emulated(&llama, 256)?;
+        let prompts = prompts();
+        let mut tables = vec![BlockTable::default(); 3];
+        for (table, prompt) in tables.iter_mut().zip(&prompts) {
+            assert!(cache.reserve(table, prompt.len() + STEPS));
+        }
+        // Who is where in the next pass: another order each time, so a token's place in one is not that in the next.
+        let mut order = [0, 1, 2];
+        let (mut next, mut starts) = (prompts.to_vec(), [0; 3]);
+        let (mut flights, mut drawn) = (Vec::new(), Vec::new());
+        for _ in 0..STEPS {
+            let segment = |&who: &usize| Segment {
+                tokens: &next[who],
+                start: starts[who],
+                table: &tables[who],
+                adapted: false,
+            };
+            let segments: Vec<Segment> = order.iter().map(segment).collect();
+            let mut samplers = vec![Sampler::new(SamplingParams::GREEDY); 3];
+            let mut wanted: Vec<Option<&mut Sampler>> = samplers.iter_mut().map(Some).collect();
+            let flight = llama.launch(&segments, &mut cache, None, &mut wanted)?;
+            (0..3).for_each(|who| starts[who] += next[who].len());
+            let tokens = if ahead {
+                flights.push(flight);
+                (0..3).map(drawn_token).collect()
+            } else {
+                let tokens = flight.land()?;
+                drawn.extend_from_slice(&tokens);
+                tokens
+            };
+            for (who, token) in order.iter().zip(tokens) {
+                next[*who] = vec![token];
+            }
+            order.rotate_left(1);
+        }
+        for flight in flights {
+            drawn.extend(flight.land()?);
+        }
+        Ok(drawn)
+    };
+    assert_eq!(run(true)?, run(false)?);
+    Ok(())
+}
+
+#[test]
+fn tokens_that_no_pass_drew_are_refused() -> anyhow::Result<()> {
+    let llama = crate::testing::network(&configs()[0])?;
+    for mut cache in [KvCache::new(&llama, 64)?, KvCache::emulated(&llama, 64)?] {
+        let mut table = BlockTable::default();
+        assert!(cache.reserve(&mut table, 1));
+        let segment = Segment {
+            tokens: &[drawn_token(0)],
+            start: 0,
+            table: &table,
+            adapted: false,
+        };
+        let mut samplers = [None];
+        assert!(llama.launch(&[segment], &mut cache, None, &mut samplers).is_err());
     }
     Ok(())
 }
