@@ -87,6 +87,14 @@ pub fn assert_close(got: &Tensor, want: &Tensor, tolerance: f32) -> Result<()> {
     Ok(())
 }
 
+/// A cache of the path that this build tests: the GPU's kernels on their emulator, or the CPU's own.
+fn cache(llama: &Llama) -> Result<KvCache> {
+    #[cfg(feature = "kernel-emulation")]
+    return Ok(KvCache::emulated(llama, 1024)?);
+    #[cfg(not(feature = "kernel-emulation"))]
+    Ok(KvCache::new(llama, 1024)?)
+}
+
 /// Sequences that grow in one cache. Blocks are taken as they are needed, so that those of the rows lie mixed.
 pub struct Running<'a> {
     llama: &'a Llama,
@@ -97,7 +105,7 @@ pub struct Running<'a> {
 
 impl<'a> Running<'a> {
     pub fn new(llama: &'a Llama, adapter: Option<&'a Adapter>, rows: usize) -> Result<Self> {
-        let cache = KvCache::new(llama, 1024)?;
+        let cache = cache(llama)?;
         let rows = vec![(BlockTable::default(), 0); rows];
         Ok(Self {
             llama,
