@@ -41,6 +41,8 @@ pub enum FinishReason {
     Stop,
     /// It reached its cap.
     Length,
+    /// Whoever asked no longer wants it; what it has so far is all there is.
+    Cancelled,
 }
 
 /// A request for text.

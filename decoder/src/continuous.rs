@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-use lengthwise_core::{DecodeError, RequestId};
+use lengthwise_core::{DecodeError, FinishReason, RequestId};
 use lengthwise_model::BLOCK_TOKENS;
-use lengthwise_scheduler::{AdmissionError, AdmissionQueue, ScheduleConfig, StrategyStats, Waiting};
+use lengthwise_scheduler::{AdmissionError, AdmissionQueue, Place, ScheduleConfig, StrategyStats, Waiting};
 
 use crate::engine::Engine;
 use crate::sequence::Sequence;
-use crate::{OutputSink, PredictedRequest};
+use crate::{Cancellation, OutputSink, PredictedRequest, SequenceOutput, SequenceRequest};
 
 /// A sequence in a slot, and the share of the KV budget that it was admitted with.
 struct Running {
@@ -16,37 +16,46 @@ struct Running {
     cache_tokens: usize,
 }
 
+/// What waits for a slot. A new request is no more than its prompt and settings, so that many can wait.
+enum Waiter {
+    New(SequenceRequest),
+    Preempted(Box<Sequence>),
+}
+
 /// The slots, and who waits for one.
 struct Slots<'a> {
     engine: &'a mut Engine,
     queue: AdmissionQueue,
-    waiting: HashMap<RequestId, Sequence>,
+    waiting: HashMap<RequestId, (Waiter, Place)>,
     running: Vec<Running>,
+    cancellation: &'a Cancellation,
+    stats: StrategyStats,
 }
 
-/// Answers all requests. A request is admitted when a slot is free and the KV cache has room for its prompt and its
-/// predicted answer. One that outgrows its prediction while the cache is full sends the last admitted back to the
-/// queue; that one goes on later, with the same answer.
+/// Answers all requests, which were checked. A request is admitted when a slot is free and the KV cache has room for its
+/// prompt and its predicted answer. One that outgrows its prediction while the cache is full sends the last admitted back
+/// to the queue; that one goes on later, with the same answer. What a step does depends on the slots; of those that wait
+/// it looks at one more than it admits.
 pub(crate) fn run(
     engine: &mut Engine,
     requests: Vec<PredictedRequest>,
     config: &ScheduleConfig,
+    cancellation: &Cancellation,
     on_output: &mut OutputSink,
 ) -> Result<StrategyStats, DecodeError> {
     let queue = AdmissionQueue::new(config.order, engine.cache_tokens());
     let mut slots = Slots {
         engine,
         queue,
-        waiting: HashMap::new(),
+        waiting: HashMap::with_capacity(requests.len()),
         running: Vec::new(),
+        cancellation,
+        stats: StrategyStats::default(),
     };
     for PredictedRequest { request, predicted } in requests {
-        let id = request.id.clone();
-        let sequence = slots.engine.begin(request)?;
-        slots.enqueue(&sequence, predicted)?;
-        if slots.waiting.insert(id.clone(), sequence).is_some() {
-            return Err(DecodeError::DuplicateId { id });
-        }
+        let answer = slots.engine.longest_answer(&request).min(predicted.max(1) as usize);
+        let tokens = request.prompt.len() + answer;
+        slots.enqueue(request.id.clone(), predicted, tokens, Waiter::New(request))?;
     }
     let result = slots.run_all(config.batch_size.get(), on_output);
     if result.is_err() {
@@ -55,57 +64,86 @@ pub(crate) fn run(
             slots.engine.evict(&mut running.sequence);
         }
     }
-    result
+    result.map(|()| slots.stats)
 }
 
 impl Slots<'_> {
-    fn enqueue(&mut self, sequence: &Sequence, predicted: u32) -> Result<(), DecodeError> {
-        let cache_tokens = sequence.most_tokens(predicted.max(1)).next_multiple_of(BLOCK_TOKENS);
+    /// `tokens`: what it will need of the KV cache.
+    fn enqueue(&mut self, id: RequestId, predicted: u32, tokens: usize, waiter: Waiter) -> Result<(), DecodeError> {
         let waiting = Waiting {
-            id: sequence.request.id.clone(),
+            id: id.clone(),
             predicted,
-            cache_tokens,
+            cache_tokens: tokens.next_multiple_of(BLOCK_TOKENS),
         };
         let too_small = |AdmissionError { id, needed, budget }| DecodeError::CacheTooSmall {
             id,
             needed,
             capacity: budget,
         };
-        self.queue.push(waiting).map_err(too_small)
+        let place = self.queue.push(waiting).map_err(too_small)?;
+        self.waiting.insert(id, (waiter, place));
+        Ok(())
     }
 
-    fn run_all(&mut self, slots: usize, on_output: &mut OutputSink) -> Result<StrategyStats, DecodeError> {
-        let mut stats = StrategyStats::default();
+    fn run_all(&mut self, slots: usize, on_output: &mut OutputSink) -> Result<(), DecodeError> {
         loop {
+            self.cancel(on_output)?;
             self.admit(slots);
             if self.running.is_empty() {
-                return Ok(stats);
+                return Ok(());
             }
-            stats.slot_steps += self.reserve_all()?;
+            self.reserve_all()?;
             let mut rows: Vec<&mut Sequence> = self.running.iter_mut().map(|r| &mut r.sequence).collect();
             self.engine.step(&mut rows)?;
-            stats.steps += 1;
-            stats.slot_steps += slots as u64;
-            self.collect(&mut stats, on_output)?;
+            self.stats.steps += 1;
+            self.stats.slot_steps += slots as u64;
+            self.collect(on_output)?;
         }
+    }
+
+    /// Hands over what has been cancelled, with the tokens it has, and frees its slot or its place in the queue.
+    fn cancel(&mut self, on_output: &mut OutputSink) -> Result<(), DecodeError> {
+        for id in self.cancellation.take() {
+            let tokens = if let Some((waiter, place)) = self.waiting.remove(&id) {
+                self.queue.cancel(place);
+                match waiter {
+                    Waiter::New(_) => Vec::new(),
+                    Waiter::Preempted(sequence) => sequence.into_tokens(),
+                }
+            } else if let Some(at) = self.running.iter().position(|r| r.sequence.request.id == id) {
+                self.free(at).into_tokens()
+            } else {
+                continue;
+            };
+            let finish = FinishReason::Cancelled;
+            on_output(SequenceOutput { id, tokens, finish })?;
+        }
+        Ok(())
     }
 
     fn admit(&mut self, slots: usize) {
         while self.running.len() < slots {
             let Some(next) = self.queue.admit() else { break };
-            if let Some(sequence) = self.waiting.remove(&next.id) {
-                self.running.push(Running {
-                    sequence,
-                    cache_tokens: next.cache_tokens,
-                });
-            }
+            let sequence = match self.waiting.remove(&next.id) {
+                Some((Waiter::New(request), _)) => self.engine.begin(request),
+                Some((Waiter::Preempted(sequence), _)) => *sequence,
+                None => {
+                    self.queue.release(next.cache_tokens);
+                    continue;
+                }
+            };
+            // What it had before it was preempted is computed a second time, from here on.
+            self.stats.slot_steps += u64::from(sequence.generated());
+            self.running.push(Running {
+                sequence,
+                cache_tokens: next.cache_tokens,
+            });
         }
     }
 
     /// Gives every running sequence the blocks for its next pass, the longest in a slot first; where they run out, the
-    /// last admitted waits again. Returns the generated tokens that will have to be computed a second time.
-    fn reserve_all(&mut self) -> Result<u64, DecodeError> {
-        let mut thrown_away = 0;
+    /// last admitted waits again.
+    fn reserve_all(&mut self) -> Result<(), DecodeError> {
         let mut next = 0;
         while next < self.running.len() {
             if self.engine.reserve(&mut self.running[next].sequence) {
@@ -113,36 +151,42 @@ impl Slots<'_> {
                 continue;
             }
             // `check` saw to it that one sequence alone always fits, so the last is never the only one.
-            let Some(mut last) = self.running.pop() else { break };
-            thrown_away += u64::from(last.sequence.generated());
-            self.queue.release(last.cache_tokens);
-            self.engine.evict(&mut last.sequence);
+            let Some(last) = self.running.len().checked_sub(1) else {
+                break;
+            };
+            let sequence = self.free(last);
             // It is longer than predicted: next time it gets room for the longest answer it can have.
-            let longest = last.sequence.request.max_new_tokens;
-            self.enqueue(&last.sequence, longest)?;
-            self.waiting.insert(last.sequence.request.id.clone(), last.sequence);
+            let (id, longest) = (sequence.request.id.clone(), sequence.request.max_new_tokens);
+            let tokens = sequence.most_tokens(longest);
+            self.enqueue(id, longest, tokens, Waiter::Preempted(Box::new(sequence)))?;
         }
-        Ok(thrown_away)
+        Ok(())
     }
 
     /// Hands over what has ended and frees its slots.
-    fn collect(&mut self, stats: &mut StrategyStats, on_output: &mut OutputSink) -> Result<(), DecodeError> {
+    fn collect(&mut self, on_output: &mut OutputSink) -> Result<(), DecodeError> {
         let mut next = 0;
         while next < self.running.len() {
             if self.running[next].sequence.finish.is_none() {
                 next += 1;
                 continue;
             }
-            // Not swap_remove: the order of admission says who is preempted first.
-            let mut ended = self.running.remove(next);
-            self.engine.evict(&mut ended.sequence);
-            self.queue.release(ended.cache_tokens);
-            stats.requests += 1;
-            stats.useful_tokens += u64::from(ended.sequence.generated());
-            if let Some(output) = ended.sequence.into_output() {
+            let ended = self.free(next);
+            self.stats.requests += 1;
+            self.stats.useful_tokens += u64::from(ended.generated());
+            if let Some(output) = ended.into_output() {
                 on_output(output)?;
             }
         }
         Ok(())
+    }
+
+    /// Takes a sequence out of its slot, and its blocks and its share of the budget back.
+    fn free(&mut self, slot: usize) -> Sequence {
+        // Not swap_remove: the order of admission says who is preempted first.
+        let mut running = self.running.remove(slot);
+        self.engine.evict(&mut running.sequence);
+        self.queue.release(running.cache_tokens);
+        running.sequence
     }
 }

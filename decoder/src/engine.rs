@@ -124,11 +124,10 @@ impl Engine {
         (request.max_new_tokens as usize).min(left)
     }
 
-    /// A checked request, its cap lowered to what the model's positions leave.
-    pub(crate) fn begin(&self, mut request: SequenceRequest) -> Result<Sequence, DecodeError> {
-        self.check(&request)?;
+    /// A request that was checked, its cap lowered to what the model's positions leave.
+    pub(crate) fn begin(&self, mut request: SequenceRequest) -> Sequence {
         request.max_new_tokens = self.longest_answer(&request) as u32;
-        Ok(Sequence::new(request))
+        Sequence::new(request)
     }
 
     /// One forward pass: every sequence's next token, or a chunk of its prompt. Each must have its blocks reserved

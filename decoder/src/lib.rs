@@ -1,5 +1,6 @@
 //! Runs sequences on a device: static batches by the scheduler's plan, and continuous batching.
 
+mod cancellation;
 mod continuous;
 mod engine;
 mod local;
@@ -13,6 +14,7 @@ use std::collections::HashSet;
 use lengthwise_core::DecodeError;
 use lengthwise_scheduler::{DriverError, Job, ScheduleConfig, Strategy, StrategyStats, run_groups};
 
+pub use cancellation::Cancellation;
 pub use engine::{DEFAULT_CACHE_BYTES, Engine, EngineConfig};
 pub use local::LocalDecoder;
 pub use sequence::{SequenceOutput, SequenceRequest};
@@ -39,16 +41,10 @@ pub fn run_strategy(
     config: &ScheduleConfig,
     on_output: &mut OutputSink,
 ) -> Result<StrategyStats, DecodeError> {
-    let mut ids = HashSet::with_capacity(requests.len());
-    for PredictedRequest { request, .. } in &requests {
-        if !ids.insert(&request.id) {
-            return Err(DecodeError::DuplicateId { id: request.id.clone() });
-        }
-        engine.check(request)?;
-    }
     if config.strategy == Strategy::Continuous {
-        return continuous::run(engine, requests, config, on_output);
+        return run_continuous(engine, requests, config, &Cancellation::default(), on_output);
     }
+    check_all(engine, &requests)?;
     let jobs: Vec<Job> = requests
         .iter()
         .map(|r| Job {
@@ -64,4 +60,37 @@ pub fn run_strategy(
         DriverError::Executor(err) => err,
         other => DecodeError::model(other.to_string()),
     })
+}
+
+/// Answers every request with continuous batching, whatever the strategy of `config`, but for those that are cancelled:
+/// they end as [`FinishReason::Cancelled`] with the tokens they have. Their slot and their share of the KV cache are free
+/// before the next step admits, and the other answers are what they would have been.
+///
+/// Tokens of a cancelled answer count as computed and not as useful, and it does not count as a request.
+///
+/// # Errors
+/// A request that cannot be run at all is an error before anything is decoded.
+///
+/// [`FinishReason::Cancelled`]: lengthwise_core::FinishReason::Cancelled
+pub fn run_continuous(
+    engine: &mut Engine,
+    requests: Vec<PredictedRequest>,
+    config: &ScheduleConfig,
+    cancellation: &Cancellation,
+    on_output: &mut OutputSink,
+) -> Result<StrategyStats, DecodeError> {
+    check_all(engine, &requests)?;
+    continuous::run(engine, requests, config, cancellation, on_output)
+}
+
+/// That every request can be run and has an id of its own.
+fn check_all(engine: &Engine, requests: &[PredictedRequest]) -> Result<(), DecodeError> {
+    let mut ids = HashSet::with_capacity(requests.len());
+    for PredictedRequest { request, .. } in requests {
+        if !ids.insert(&request.id) {
+            return Err(DecodeError::DuplicateId { id: request.id.clone() });
+        }
+        engine.check(request)?;
+    }
+    Ok(())
 }

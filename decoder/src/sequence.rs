@@ -33,7 +33,9 @@ pub struct SequenceOutput {
 /// A request that has been begun: its tokens so far, and how much of them the KV cache holds.
 #[derive(Debug)]
 pub(crate) struct Sequence {
+    /// What was asked; its prompt stands at the beginning of `tokens`.
     pub request: SequenceRequest,
+    prompt_tokens: usize,
     /// Prompt and answer so far.
     tokens: Vec<u32>,
     /// How many of `tokens` are in the cache.
@@ -44,9 +46,12 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub fn new(request: SequenceRequest) -> Self {
+    /// The prompt is moved, not copied: a long one is there once.
+    pub fn new(mut request: SequenceRequest) -> Self {
+        let tokens = std::mem::take(&mut request.prompt);
         Self {
-            tokens: request.prompt.clone(),
+            prompt_tokens: tokens.len(),
+            tokens,
             cached: 0,
             table: BlockTable::default(),
             sampler: Sampler::new(request.sampling),
@@ -57,7 +62,7 @@ impl Sequence {
 
     /// Tokens of the answer so far.
     pub fn generated(&self) -> u32 {
-        (self.tokens.len() - self.request.prompt.len()) as u32
+        (self.tokens.len() - self.prompt_tokens) as u32
     }
 
     /// Tokens of the answer so far that the cache does not hold, the last one left out: that was never computed on.
@@ -68,7 +73,7 @@ impl Sequence {
     /// Most tokens that the cache must hold for it: prompt, and an answer of at most `answer` tokens or its cap.
     pub fn most_tokens(&self, answer: u32) -> usize {
         let answer = answer.max(self.generated()).min(self.request.max_new_tokens);
-        self.request.prompt.len() + answer as usize
+        self.prompt_tokens + answer as usize
     }
 
     /// Tokens that have to go through the model before the next one can be drawn.
@@ -121,9 +126,11 @@ impl Sequence {
         }
     }
 
-    /// Forgets what the cache holds; the tokens stay, and are run again.
+    /// Forgets what the cache holds; the tokens stay, and are run again. The sampler is the one that stands where this
+    /// one does, without its memory for a vocabulary.
     pub fn evict(&mut self) -> BlockTable {
         self.cached = 0;
+        self.sampler = Sampler::at(self.request.sampling, u64::from(self.generated()));
         std::mem::take(&mut self.table)
     }
 
@@ -131,8 +138,34 @@ impl Sequence {
     pub fn into_output(self) -> Option<SequenceOutput> {
         Some(SequenceOutput {
             finish: self.finish?,
-            tokens: self.tokens[self.request.prompt.len()..].to_vec(),
-            id: self.request.id,
+            id: self.request.id.clone(),
+            tokens: self.into_tokens(),
         })
+    }
+
+    /// The tokens of the answer so far.
+    pub fn into_tokens(self) -> Vec<u32> {
+        self.tokens[self.prompt_tokens..].to_vec()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_is_there_once() {
+        let request = SequenceRequest {
+            id: "a".into(),
+            prompt: vec![7; 100],
+            max_new_tokens: 5,
+            sampling: SamplingParams::GREEDY,
+            replay_tokens: None,
+        };
+        let at = request.prompt.as_ptr();
+        let sequence = Sequence::new(request);
+        assert_eq!(sequence.tokens.as_ptr(), at, "moved, not copied");
+        assert!(sequence.request.prompt.is_empty());
+        assert_eq!((sequence.generated(), sequence.most_tokens(3)), (0, 103));
     }
 }

@@ -40,7 +40,7 @@ impl<'a> StaticExecutor<'a> {
             .waiting
             .remove(id)
             .ok_or_else(|| DecodeError::DuplicateId { id: id.clone() })?;
-        self.engine.begin(request)
+        Ok(self.engine.begin(request))
     }
 
     /// Cuts a batch into parts that fit the cache, each as large as possible; one part unless memory is short.

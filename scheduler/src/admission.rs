@@ -1,5 +1,6 @@
 //! Who gets the next free slot of the continuous mode.
 
+use std::cmp::Ordering;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
@@ -69,22 +70,50 @@ pub struct AdmissionError {
 /// they counted, a large offline batch would fall back to the order of arrival half-way.
 const MOST_OVERTAKEN: u64 = 4096;
 
+/// Where a waiting request stands: by the order's key, then by arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    key: u32,
+    arrival: u64,
+}
+
+impl Place {
+    /// The same among places of all the same key.
+    fn of_arrival(self) -> Self {
+        Self { key: 0, ..self }
+    }
+}
+
+impl Ord for Place {
+    fn cmp(&self, other: &Self) -> Ordering {
+        #[cfg(test)]
+        tests::COMPARISONS.with(|count| count.set(count.get() + 1));
+        (self.key, self.arrival).cmp(&(other.key, other.arrival))
+    }
+}
+
+impl PartialOrd for Place {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
 /// Waiting requests and the KV budget that the admitted ones hold a share of. Every operation is O(log n).
 #[derive(Debug)]
 pub struct AdmissionQueue {
     order: AdmissionOrder,
     budget: usize,
     held: usize,
-    /// By the order's key, then by arrival.
-    by_order: BTreeMap<(u32, u64), Waiting>,
-    /// Arrival → key, and the wave it came in.
-    by_arrival: BTreeMap<u64, (u32, u64)>,
-    /// Wave → arrivals up to its end. A wave is what arrives between two admissions, named by the number of admissions
+    by_order: BTreeMap<Place, Waiting>,
+    /// All places with a key of 0 → the order's key, and the wave it came in.
+    by_arrival: BTreeMap<Place, (u32, u64)>,
+    /// Wave → arrivals up to its end. A wave is what arrives between two departures, named by the number of departures
     /// before it. Waves older than the oldest waiting request are dropped.
     waves: BTreeMap<u64, u64>,
     most_overtaken: u64,
     arrivals: u64,
-    admissions: u64,
+    /// Requests that were admitted or cancelled.
+    departures: u64,
 }
 
 impl AdmissionQueue {
@@ -99,15 +128,15 @@ impl AdmissionQueue {
             waves: BTreeMap::new(),
             most_overtaken: MOST_OVERTAKEN,
             arrivals: 0,
-            admissions: 0,
+            departures: 0,
         }
     }
 
-    /// Adds a request.
+    /// Adds a request. Returns its place, by which it can be cancelled.
     ///
     /// # Errors
     /// It needs more than the whole budget.
-    pub fn push(&mut self, waiting: Waiting) -> Result<(), AdmissionError> {
+    pub fn push(&mut self, waiting: Waiting) -> Result<Place, AdmissionError> {
         if waiting.cache_tokens > self.budget {
             let (needed, budget) = (waiting.cache_tokens, self.budget);
             return Err(AdmissionError {
@@ -121,25 +150,39 @@ impl AdmissionQueue {
             AdmissionOrder::ShortestFirst => waiting.predicted,
             AdmissionOrder::LongestFirst => u32::MAX - waiting.predicted,
         };
-        self.by_arrival.insert(self.arrivals, (key, self.admissions));
-        self.by_order.insert((key, self.arrivals), waiting);
+        let place = Place {
+            key,
+            arrival: self.arrivals,
+        };
+        self.by_arrival.insert(place.of_arrival(), (key, self.departures));
+        self.by_order.insert(place, waiting);
         self.arrivals += 1;
-        self.waves.insert(self.admissions, self.arrivals);
-        Ok(())
+        self.waves.insert(self.departures, self.arrivals);
+        Ok(place)
     }
 
     /// The next request, if what it needs fits beside what is held; its share is held from now on. The first in order
     /// that does not fit is waited for, not passed over: smaller ones behind it would keep it out for ever.
     pub fn admit(&mut self) -> Option<Waiting> {
-        let key = self.next_key()?;
-        let waiting = self.by_order.get(&key)?;
+        let place = self.next_place()?;
+        let waiting = self.by_order.get(&place)?;
         if waiting.cache_tokens > self.budget - self.held {
             return None;
         }
-        self.by_arrival.remove(&key.1);
-        let waiting = self.by_order.remove(&key)?;
+        let waiting = self.depart(place)?;
         self.held += waiting.cache_tokens;
-        self.admissions += 1;
+        Some(waiting)
+    }
+
+    /// Takes a waiting request out. `None` where it no longer waits: it was admitted or cancelled.
+    pub fn cancel(&mut self, place: Place) -> Option<Waiting> {
+        self.depart(place)
+    }
+
+    fn depart(&mut self, place: Place) -> Option<Waiting> {
+        let waiting = self.by_order.remove(&place)?;
+        self.by_arrival.remove(&place.of_arrival());
+        self.departures += 1;
         let oldest = self
             .by_arrival
             .first_key_value()
@@ -150,15 +193,15 @@ impl AdmissionQueue {
         Some(waiting)
     }
 
-    /// The oldest request if it is overdue, else the first in order. It is overdue once as many have been admitted as
-    /// came before and with it, and `most_overtaken` more: so many at least came later.
-    fn next_key(&self) -> Option<(u32, u64)> {
-        let (&arrival, &(key, wave)) = self.by_arrival.first_key_value()?;
+    /// The oldest request if it is overdue, else the first in order. It is overdue once as many have departed as came
+    /// before and with it, and `most_overtaken` more: so many at least came later.
+    fn next_place(&self) -> Option<Place> {
+        let (&Place { arrival, .. }, &(key, wave)) = self.by_arrival.first_key_value()?;
         let others = self.waves.get(&wave)?.saturating_sub(1);
-        if self.admissions >= others + self.most_overtaken {
-            return Some((key, arrival));
+        if self.departures >= others + self.most_overtaken {
+            return Some(Place { key, arrival });
         }
-        self.by_order.first_key_value().map(|(key, _)| *key)
+        self.by_order.first_key_value().map(|(place, _)| *place)
     }
 
     /// An admitted request has ended: its share is free again.
@@ -183,138 +226,4 @@ impl AdmissionQueue {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn waiting(id: usize, predicted: u32, cache_tokens: usize) -> Waiting {
-        Waiting {
-            id: id.to_string().into(),
-            predicted,
-            cache_tokens,
-        }
-    }
-
-    fn admitted(order: AdmissionOrder) -> Vec<String> {
-        let mut queue = AdmissionQueue::new(order, 1000);
-        for (i, predicted) in [20, 30, 10, 30].into_iter().enumerate() {
-            queue.push(waiting(i, predicted, 1)).expect("fits");
-        }
-        std::iter::from_fn(|| queue.admit()).map(|w| w.id.to_string()).collect()
-    }
-
-    #[test]
-    fn each_order_admits_as_it_is_called() {
-        assert_eq!(admitted(AdmissionOrder::FirstCome), ["0", "1", "2", "3"]);
-        assert_eq!(admitted(AdmissionOrder::ShortestFirst), ["2", "0", "1", "3"]);
-        assert_eq!(admitted(AdmissionOrder::LongestFirst), ["1", "3", "0", "2"]);
-    }
-
-    #[test]
-    fn a_request_that_never_fits_is_refused_at_once() {
-        let mut queue = AdmissionQueue::new(AdmissionOrder::FirstCome, 10);
-        let err = queue.push(waiting(7, 1, 11)).expect_err("too large");
-        assert_eq!((err.needed, err.budget), (11, 10));
-    }
-
-    #[test]
-    fn no_request_is_passed_over_for_ever() {
-        let mut queue = AdmissionQueue::new(AdmissionOrder::ShortestFirst, 1);
-        queue.push(waiting(0, 500, 1)).expect("fits");
-        let mut passed = 0;
-        // Bounded, so that without the rule this fails and does not hang.
-        while passed < 2 * MOST_OVERTAKEN {
-            queue.push(waiting(1, 1, 1)).expect("fits");
-            let next = queue.admit().expect("the budget is free");
-            queue.release(next.cache_tokens);
-            if next.id.as_str() == "0" {
-                break;
-            }
-            passed += 1;
-        }
-        // One came with it, before anything was admitted; the others came later.
-        assert_eq!(passed, 1 + MOST_OVERTAKEN);
-    }
-
-    #[test]
-    fn requests_that_came_together_keep_their_order_however_many() {
-        // 100,000 at once, admitted longest first to the very last: nobody is overtaken by a later arrival.
-        let mut queue = AdmissionQueue::new(AdmissionOrder::LongestFirst, 1);
-        for i in 0..100_000_u32 {
-            queue.push(waiting(i as usize, i * 7919 % 100_000, 1)).expect("fits");
-        }
-        for expected in (0..100_000).rev() {
-            let next = queue.admit().expect("the budget is free");
-            assert_eq!(next.predicted, expected);
-            queue.release(next.cache_tokens);
-        }
-        assert!(queue.is_empty() && queue.waves.is_empty());
-    }
-
-    #[test]
-    fn smaller_requests_do_not_slip_past_the_one_that_is_next() {
-        let mut queue = AdmissionQueue::new(AdmissionOrder::FirstCome, 10);
-        for (id, tokens) in [(0, 6), (1, 6), (2, 1)] {
-            queue.push(waiting(id, 1, tokens)).expect("fits");
-        }
-        assert_eq!(queue.admit().expect("fits").id.as_str(), "0");
-        assert_eq!(queue.admit(), None);
-        queue.release(6);
-        assert_eq!(queue.admit().expect("fits").id.as_str(), "1");
-        assert_eq!(queue.admit().expect("fits").id.as_str(), "2");
-    }
-
-    proptest! {
-        #[test]
-        fn later_arrivals_overtake_a_bounded_number_of_times(
-            steps in prop::collection::vec((0usize..4, 0u32..50), 1..300),
-            most_overtaken in 1u64..6,
-            order in prop::sample::select(vec![AdmissionOrder::ShortestFirst, AdmissionOrder::LongestFirst]),
-        ) {
-            let mut queue = AdmissionQueue { most_overtaken, ..AdmissionQueue::new(order, 1) };
-            // Arrivals up to the end of each request's wave; each step is a wave, then one admission.
-            let mut come_by = Vec::new();
-            let mut admitted = 0;
-            for (count, predicted) in steps.into_iter().chain(std::iter::repeat_n((0, 0), 1000)) {
-                let first = come_by.len();
-                for id in first..first + count {
-                    queue.push(waiting(id, predicted + id as u32 % 3, 1)).expect("fits");
-                }
-                come_by.resize(first + count, (first + count) as u64);
-                let Some(next) = queue.admit() else { continue };
-                queue.release(next.cache_tokens);
-                let others = come_by[next.id.as_str().parse::<usize>().expect("a number")] - 1;
-                // Overdue at `others + most_overtaken`; what came earlier and still waits is older and goes before.
-                prop_assert!(admitted <= 2 * others + most_overtaken);
-                admitted += 1;
-            }
-            prop_assert!(queue.is_empty());
-        }
-
-        #[test]
-        fn the_budget_holds_and_everyone_gets_in(
-            needs in prop::collection::vec((0u32..600, 1usize..100), 1..200),
-            budget in 100usize..300,
-            order in prop::sample::select(vec![
-                AdmissionOrder::FirstCome, AdmissionOrder::ShortestFirst, AdmissionOrder::LongestFirst,
-            ]),
-        ) {
-            let mut queue = AdmissionQueue::new(order, budget);
-            for (i, &(predicted, tokens)) in needs.iter().enumerate() {
-                queue.push(waiting(i, predicted, tokens)).expect("at most 99 of at least 100");
-            }
-            let (mut running, mut done) = (Vec::new(), std::collections::BTreeSet::new());
-            while done.len() < needs.len() {
-                while let Some(next) = queue.admit() {
-                    running.push(next);
-                }
-                let held: usize = running.iter().map(|w: &Waiting| w.cache_tokens).sum();
-                prop_assert!(held <= budget && held == queue.held());
-                let ended = running.remove(0);
-                queue.release(ended.cache_tokens);
-                prop_assert!(done.insert(ended.id), "admitted twice");
-            }
-            prop_assert!(queue.is_empty());
-        }
-    }
-}
+mod tests;

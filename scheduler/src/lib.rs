@@ -10,7 +10,7 @@ mod residuals;
 mod simulate;
 mod stats;
 
-pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Waiting};
+pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Place, Waiting};
 pub use config::{Planning, ScheduleConfig, Strategy};
 pub use cost::{CostModel, CostPoint};
 pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};
