@@ -2,6 +2,7 @@
 
 mod block;
 mod host;
+mod layer;
 mod linear;
 mod pass;
 mod rope_scaling;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::cpu::Scratch;
 use crate::kv_cache::{KvCache, Store};
 use crate::lora::{Adapter, Dropout, LinearKind};
 use crate::ops::{self, RopeTable};
@@ -36,6 +38,8 @@ pub struct Llama {
     norm: Tensor,
     lm_head: Weight,
     rope: Arc<RopeTable>,
+    /// Buffers of the training passes on the CPU path.
+    scratch: Arc<Scratch>,
 }
 
 impl Llama {
@@ -76,6 +80,7 @@ impl Llama {
             lm_head,
             rope: Arc::new(RopeTable::new(&frequencies, config.max_position_embeddings)),
             config: config.clone(),
+            scratch: Arc::default(),
         })
     }
 

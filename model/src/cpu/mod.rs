@@ -9,6 +9,7 @@ mod cache;
 mod matrix;
 mod packed_attention;
 mod panel;
+mod scratch;
 mod workspace;
 
 pub(crate) use attention::{Span, attend};
@@ -17,4 +18,5 @@ pub(crate) use cache::HostCache;
 pub(crate) use matrix::{PackedMatrix, Product, multiply, product};
 pub(crate) use packed_attention::{Attended, Sequences, attend_packed, attend_packed_backward};
 pub(crate) use panel::{Output, Rows};
+pub(crate) use scratch::Scratch;
 pub(crate) use workspace::Workspace;

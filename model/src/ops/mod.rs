@@ -32,7 +32,7 @@ pub(crate) fn has_kernel(x: &Tensor) -> bool {
 }
 
 /// The elements of a contiguous f32 operand of a kernel.
-fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
+pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
     let CpuStorage::F32(data) = storage else {
         bail!("{op}: expected f32");
     };
