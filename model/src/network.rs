@@ -3,6 +3,7 @@
 mod block;
 mod draw;
 mod host;
+mod layer;
 mod linear;
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
 mod parts;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 
+use crate::cpu::Scratch;
 use crate::kv_cache::{KvCache, Store};
 use crate::lora::{Adapter, Dropout, LinearKind};
 use crate::ops::{self, RopeTable};
@@ -40,6 +42,8 @@ pub struct Llama {
     norm: Tensor,
     lm_head: Weight,
     rope: Arc<RopeTable>,
+    /// Buffers of the training passes on the CPU path.
+    scratch: Arc<Scratch>,
 }
 
 impl Llama {
@@ -80,6 +84,7 @@ impl Llama {
             lm_head,
             rope: Arc::new(RopeTable::new(&frequencies, config.max_position_embeddings)),
             config: config.clone(),
+            scratch: Arc::default(),
         })
     }
 

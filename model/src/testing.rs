@@ -55,6 +55,15 @@ pub fn network(config: &ModelConfig) -> anyhow::Result<Llama> {
             let name = format!("model.layers.{layer}.{norm}.weight");
             tensors.insert(name, Tensor::ones(h, DType::F32, &Device::Cpu)?);
         }
+        let at = |name: &str| format!("model.layers.{layer}.self_attn.{name}");
+        for (i, kind) in crate::LinearKind::ALL.into_iter().take(3).enumerate().filter(|_| config.attention_bias) {
+            let bias = random(&[kind.shape(config).0], (50 + i) as u64)?;
+            tensors.insert(at(&format!("{}.bias", kind.name())), bias);
+        }
+        for (i, norm) in ["q_norm", "k_norm"].into_iter().enumerate().filter(|_| config.qk_norm) {
+            let weight = (random(&[config.head_dim], (60 + i) as u64)? + 1.0)?;
+            tensors.insert(at(&format!("{norm}.weight")), weight);
+        }
     }
     Ok(Llama::new(
         config,

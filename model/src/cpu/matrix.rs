@@ -23,9 +23,9 @@ pub(crate) struct Product<'a> {
 }
 
 /// Inner size of a block: a panel's part (24 KB) stays in the first-level cache while all rows pass.
-const INNER_BLOCK: usize = 384;
+pub(super) const INNER_BLOCK: usize = 384;
 /// Rows of a block: their part of the left side stays in the second-level cache while all panels pass.
-const ROW_BLOCK: usize = 32 * TILE_ROWS;
+pub(super) const ROW_BLOCK: usize = 32 * TILE_ROWS;
 /// Multiplications below which a product is not shared out: waking a thread costs some microseconds.
 const SERIAL_BELOW: usize = 1 << 18;
 
@@ -65,7 +65,7 @@ impl PackedMatrix {
         (self.outputs, self.inputs)
     }
 
-    fn panel(&self, p: usize) -> &[Lane] {
+    pub(super) fn panel(&self, p: usize) -> &[Lane] {
         &self.panels[p * self.inputs..][..self.inputs]
     }
 
@@ -91,75 +91,6 @@ impl PackedMatrix {
             }
         }
     }
-
-    /// The gradient of a product's left side: `grad weight`.
-    ///
-    /// - `grad`: `[rows, outputs]`; returns `[rows, inputs]`
-    pub fn backward(&self, grad: &[f32], rows: usize) -> Vec<f32> {
-        let blocks = rows.div_ceil(LANES);
-        // Sixteen rows of the gradient make a panel `[outputs, 16]`, and the weights are the tile's rows.
-        let mut turned = vec![Lane::ZERO; blocks * self.outputs];
-        turned
-            .par_chunks_mut(self.outputs.max(1))
-            .enumerate()
-            .for_each(|(b, panel)| {
-                let rows = grad[b * LANES * self.outputs..].chunks_exact(self.outputs).take(LANES);
-                for (j, row) in rows.enumerate() {
-                    for (lane, value) in panel.iter_mut().zip(row) {
-                        lane.0[j] = *value;
-                    }
-                }
-            });
-        let mut dx = vec![0f32; rows * self.inputs];
-        // SAFETY: each tile has columns of its own, and `dx` is touched again only when all are done.
-        let out = unsafe { Output::shared(&mut dx, self.inputs) };
-        let tiles = self.inputs.div_ceil(TILE_ROWS);
-        let one = |i: usize| {
-            let (first, height) = (i * TILE_ROWS, (self.inputs - i * TILE_ROWS).min(TILE_ROWS));
-            for (b, panel) in turned.chunks_exact(self.outputs).enumerate() {
-                let sums = self.inputs_tile(first, height, panel);
-                for r in 0..(rows - b * LANES).min(LANES) {
-                    let out = out.part(b * LANES + r, first, height);
-                    for (t, out) in out.iter_mut().enumerate() {
-                        *out = sums[t * LANES + r];
-                    }
-                }
-            }
-        };
-        match rows * self.outputs * self.inputs < SERIAL_BELOW {
-            true => (0..tiles).for_each(one),
-            false => (0..tiles).into_par_iter().with_min_len(4).for_each(one),
-        }
-        dx
-    }
-
-    /// `height` inputs from `first` on, times sixteen rows of a gradient turned: `[height, 16]`.
-    fn inputs_tile(&self, first: usize, height: usize, turned: &[Lane]) -> [f32; TILE_ROWS * LANES] {
-        let mut sums = [0f32; TILE_ROWS * LANES];
-        // SAFETY: one thread, and the sums are read only when all is added up.
-        let out = unsafe { Output::shared(&mut sums, LANES) };
-        for (p, grad) in turned.chunks(LANES).enumerate() {
-            let lanes = &self.panel(p)[first..first + height];
-            let rows = Rows {
-                data: lanes.as_flattened_floats(),
-                stride: LANES,
-            };
-            tile(rows, height, grad, &out, (0, 0), p > 0);
-        }
-        sums
-    }
-}
-
-/// A view of lanes as plain numbers.
-trait Flat {
-    fn as_flattened_floats(&self) -> &[f32];
-}
-
-impl Flat for [Lane] {
-    fn as_flattened_floats(&self) -> &[f32] {
-        // SAFETY: a lane is sixteen f32 in a row without padding.
-        unsafe { std::slice::from_raw_parts(self.as_ptr().cast(), self.len() * LANES) }
-    }
 }
 
 impl std::fmt::Debug for PackedMatrix {
@@ -169,7 +100,7 @@ impl std::fmt::Debug for PackedMatrix {
 }
 
 /// The last panel of a width that is no multiple of sixteen.
-fn narrow_tile(
+pub(super) fn narrow_tile(
     x: Rows,
     rows: usize,
     panel: &[Lane],
@@ -203,13 +134,18 @@ pub(crate) fn multiply(x: Rows, rows: usize, products: &[Product]) {
         let height = (rows - first).min(ROW_BLOCK);
         product.matrix.columns(x, (first, height), p, product);
     };
+    share(&jobs, work, one);
+}
+
+/// Runs every job, on several threads where the `work` of all, in multiplications, is worth it.
+pub(super) fn share<J: Sync>(jobs: &[J], work: usize, one: impl Fn(&J) + Sync) {
     if work < SERIAL_BELOW {
         return jobs.iter().for_each(one);
     }
     // Parts of about a hundred microseconds: enough to share out, too few to be felt.
     let parts = (work / SERIAL_BELOW / 4).clamp(rayon::current_num_threads(), jobs.len().max(1));
     jobs.par_chunks(jobs.len().div_ceil(parts))
-        .for_each(|jobs| jobs.iter().for_each(one));
+        .for_each(|jobs| jobs.iter().for_each(&one));
 }
 
 /// The products of one weight, for callers that hold tensors.
@@ -233,6 +169,7 @@ pub(crate) fn product(x: &[f32], matrix: &Arc<PackedMatrix>) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::{Turned, multiply_turned};
 
     fn values(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 31 + seed * 17) % 23) as f32 / 8.0 - 1.4).collect()
@@ -244,7 +181,8 @@ mod tests {
         assert_eq!(packed.unpack(), w);
         let got = product(&x, &packed);
         let grad = values(rows * outputs, 3);
-        let dx = packed.backward(&grad, rows);
+        let mut dx = vec![0f32; rows * inputs];
+        multiply_turned(&[Turned { grad: &grad, matrix: &packed }], &mut dx, false);
         for r in 0..rows {
             for o in 0..outputs {
                 let want: f64 = (0..inputs)

@@ -4,13 +4,19 @@
 //! themselves, run candle's operations (`network/block.rs`); both give the same logits.
 
 mod attention;
+mod backward;
 mod cache;
 mod matrix;
+mod packed_attention;
 mod panel;
+mod scratch;
 mod workspace;
 
 pub(crate) use attention::{Span, attend};
+pub(crate) use backward::{Turned, multiply_turned, outer};
 pub(crate) use cache::HostCache;
 pub(crate) use matrix::{PackedMatrix, Product, multiply, product};
+pub(crate) use packed_attention::{Attended, Sequences, attend_packed, attend_packed_backward};
 pub(crate) use panel::{Output, Rows};
+pub(crate) use scratch::Scratch;
 pub(crate) use workspace::Workspace;

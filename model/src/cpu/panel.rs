@@ -105,12 +105,45 @@ pub(crate) fn tile(
         panel.is_empty() || a.data.len() >= (rows - 1) * a.stride + panel.len(),
         "rows too short for the panel"
     );
-    let (a, out) = (
-        (a.data.as_ptr(), a.stride),
-        (out.pointer(row, column, rows, LANES), out.width),
-    );
+    let to = (out.pointer(row, column, rows, LANES), out.width);
     // SAFETY: the assert and `pointer` keep `rows` rows of `panel.len()` elements inside `a` and as many rows of
     // `LANES` elements inside `out`.
+    unsafe { dispatch((a.data.as_ptr(), a.stride, 1), rows, panel, to, accumulate) }
+}
+
+/// [`tile`] with a left side that lies turned: `a` is `[panel.len(), rows]`, one row per row of the panel.
+#[inline(always)]
+pub(crate) fn tile_turned(
+    a: Rows,
+    rows: usize,
+    panel: &[Lane],
+    out: &Output,
+    (row, column): (usize, usize),
+    accumulate: bool,
+) {
+    if rows == 0 {
+        return;
+    }
+    assert!(
+        panel.is_empty() || a.data.len() >= (panel.len() - 1) * a.stride + rows,
+        "too few rows for the panel"
+    );
+    let to = (out.pointer(row, column, rows, LANES), out.width);
+    // SAFETY: as in `tile`, with rows and columns of `a` changed over.
+    unsafe { dispatch((a.data.as_ptr(), 1, a.stride), rows, panel, to, accumulate) }
+}
+
+/// # Safety
+/// As [`kernel::run`] asks, with `rows` for `M`.
+#[inline(always)]
+unsafe fn dispatch(
+    a: (*const f32, usize, usize),
+    rows: usize,
+    panel: &[Lane],
+    out: (*mut f32, usize),
+    accumulate: bool,
+) {
+    // SAFETY: the caller's.
     unsafe {
         match rows {
             1 => kernel::run::<1>(a, panel, out, accumulate),
@@ -146,10 +179,11 @@ mod kernel {
     use super::Lane;
 
     /// # Safety
-    /// `M` rows of `panel.len()` elements are readable at `a`, and `M` rows of sixteen are writable at `out`.
+    /// `M` rows of `panel.len()` elements are readable at `a`, where rows lie `stride` apart and their elements `step`,
+    /// and `M` rows of sixteen are writable at `out`.
     #[inline(always)]
     pub unsafe fn run<const M: usize>(
-        (a, stride): (*const f32, usize),
+        (a, stride, step): (*const f32, usize, usize),
         panel: &[Lane],
         (out, out_stride): (*mut f32, usize),
         accumulate: bool,
@@ -167,7 +201,7 @@ mod kernel {
                 let lane = lane.0.as_ptr();
                 let (low, high) = (_mm256_loadu_ps(lane), _mm256_loadu_ps(lane.add(8)));
                 for (r, sum) in sums.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*a.add(r * stride + i));
+                    let x = _mm256_broadcast_ss(&*a.add(r * stride + i * step));
                     *sum = [_mm256_fmadd_ps(x, low, sum[0]), _mm256_fmadd_ps(x, high, sum[1])];
                 }
             }
@@ -185,10 +219,11 @@ mod kernel {
     use super::{LANES, Lane};
 
     /// # Safety
-    /// `M` rows of `panel.len()` elements are readable at `a`, and `M` rows of sixteen are writable at `out`.
+    /// `M` rows of `panel.len()` elements are readable at `a`, where rows lie `stride` apart and their elements `step`,
+    /// and `M` rows of sixteen are writable at `out`.
     #[inline(always)]
     pub unsafe fn run<const M: usize>(
-        (a, stride): (*const f32, usize),
+        (a, stride, step): (*const f32, usize, usize),
         panel: &[Lane],
         (out, out_stride): (*mut f32, usize),
         accumulate: bool,
@@ -204,7 +239,7 @@ mod kernel {
         for (i, lane) in panel.iter().enumerate() {
             for (r, sum) in sums.iter_mut().enumerate() {
                 // SAFETY: the caller vouches for the rows.
-                let x = unsafe { *a.add(r * stride + i) };
+                let x = unsafe { *a.add(r * stride + i * step) };
                 for j in 0..LANES {
                     sum[j] = x.mul_add(lane.0[j], sum[j]);
                 }
@@ -237,7 +272,12 @@ mod tests {
             // SAFETY: one thread, and `data` is read only after the last use.
             let out = unsafe { Output::shared(&mut data, 20) };
             tile(left, rows, &panel, &out, (0, 2), true);
-            tile(left, rows, &panel, &out, (0, 2), true);
+            let turned: Vec<f32> = (0..k * rows).map(|i| a[i % rows * stride + i / rows]).collect();
+            let left = Rows {
+                data: &turned,
+                stride: rows,
+            };
+            tile_turned(left, rows, &panel, &out, (0, 2), true);
             for r in 0..rows {
                 let row = &data[r * 20..][..20];
                 for j in 0..LANES {

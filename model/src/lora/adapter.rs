@@ -197,17 +197,55 @@ impl Dropout {
         }
     }
 
-    fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+    /// The settings of a generator for one part of the pass: its probability and a seed that this one draws.
+    pub(crate) fn fork(&self) -> Option<(f64, u64)> {
+        (self.probability > 0.0).then(|| (self.probability, self.rng.borrow_mut().random()))
+    }
+
+    /// Which of `len` inputs are dropped; `None` where that is none.
+    pub(crate) fn mask(&self, len: usize) -> Option<Mask> {
         if self.probability <= 0.0 {
-            return Ok(x.clone());
+            return None;
         }
-        let keep = (1.0 / (1.0 - self.probability)) as f32;
         // 32 random bits per element; below this threshold it is dropped.
         let threshold = (self.probability * f64::from(u32::MAX)) as u32;
         let mut rng = self.rng.borrow_mut();
-        let draw = |_| if rng.random::<u32>() < threshold { 0.0 } else { keep };
-        let mask: Vec<f32> = (0..x.elem_count()).map(draw).collect();
-        x * Tensor::from_vec(mask, x.shape(), x.device())?
+        let mut kept = vec![0u64; len.div_ceil(64)];
+        for i in 0..len {
+            kept[i / 64] |= u64::from(rng.random::<u32>() >= threshold) << (i % 64);
+        }
+        Some(Mask {
+            kept,
+            scale: (1.0 / (1.0 - self.probability)) as f32,
+        })
+    }
+
+    fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
+        let Some(mask) = self.mask(x.elem_count()) else {
+            return Ok(x.clone());
+        };
+        let mut factors = vec![1f32; x.elem_count()];
+        mask.apply(&mut factors);
+        x * Tensor::from_vec(factors, x.shape(), x.device())?
+    }
+}
+
+/// Inputs that are dropped, and what the others are multiplied by.
+#[derive(Debug, Clone)]
+pub(crate) struct Mask {
+    /// One bit per element.
+    kept: Vec<u64>,
+    scale: f32,
+}
+
+impl Mask {
+    /// Drops and scales the elements of `x`.
+    pub fn apply(&self, x: &mut [f32]) {
+        for (bits, x) in self.kept.iter().zip(x.chunks_mut(64)) {
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = if bits >> i & 1 == 1 { *x * self.scale } else { 0.0 };
+            }
+        }
     }
 }
 

@@ -69,6 +69,15 @@ impl Block {
         })
     }
 
+    /// Whether the CPU path's own layer trains it: frozen f32 weights in main memory.
+    pub fn runs_on_host(&self) -> bool {
+        let frozen = |t: &Tensor| ops::has_kernel(t) && !t.track_op();
+        let heads = self.qk_norms.iter().flat_map(|(q, k)| [q, k]);
+        let norms = [&self.input_norm, &self.post_attention_norm];
+        let mut plain = norms.into_iter().chain(heads).chain(self.linears.iter().filter_map(|l| l.bias.as_ref()));
+        self.linears.iter().all(|l| l.weight.packed().is_some()) && plain.all(frozen)
+    }
+
     pub fn linear_mut(&mut self, kind: LinearKind) -> &mut Linear {
         &mut self.linears[kind as usize]
     }

@@ -281,7 +281,7 @@ fn normalise(x: &[f32], w: &[f32], eps: f64, out: &mut Vec<f32>) {
 }
 
 /// Calls `f` with the number and the elements of every row, on several threads where that is worth their waking.
-fn by_rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
+pub(super) fn by_rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
     /// Elements that a thread takes at once.
     const AT_ONCE: usize = 1 << 15;
     if data.len() <= AT_ONCE {

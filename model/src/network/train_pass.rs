@@ -7,8 +7,11 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
 use super::Llama;
+use super::layer::{Read, Training};
+use super::block::Block;
 use super::pass::{Attention, Pass};
 use crate::ModelError;
+use crate::cpu::Sequences;
 use crate::lora::{Adapter, Dropout};
 
 /// Takes gradients as they become known.
@@ -115,6 +118,9 @@ impl<'a> TrainPass<'a> {
     fn hidden(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
         let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)), 0)?;
         let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
+        if self.llama.blocks.iter().all(Block::runs_on_host) {
+            return self.hidden_host(&tokens, positions, &lengths, wanted);
+        }
         let pass = self.pass(&positions, &lengths, self.dropout);
         let Some(checkpoints) = &self.checkpoints else {
             return self.llama.hidden(&tokens, &pass, wanted);
@@ -138,6 +144,49 @@ impl<'a> TrainPass<'a> {
             top,
         });
         Ok(hidden)
+    }
+
+    /// As [`TrainPass::hidden`], a layer at a time on the CPU path. With checkpointing the layers themselves run again.
+    fn hidden_host(
+        &self,
+        tokens: &[u32],
+        positions: Arc<[u32]>,
+        lengths: &[usize],
+        wanted: &[u32],
+    ) -> Result<Tensor, ModelError> {
+        let all = Read {
+            sequences: Arc::new(Sequences::new(lengths)),
+            rows: None,
+        };
+        let mut rows = wanted.to_vec();
+        rows.sort_unstable();
+        rows.dedup();
+        let last = match rows.len() == tokens.len() {
+            true => all.clone(),
+            false => Read {
+                sequences: Arc::new(Sequences::asked(lengths, &rows)),
+                rows: Some(rows.as_slice().into()),
+            },
+        };
+        let training = Training {
+            positions,
+            rope: &self.llama.rope,
+            adapter: self.adapter,
+            dropout: self.dropout,
+            checkpointing: self.checkpoints.is_some(),
+            scratch: &self.llama.scratch,
+        };
+        let mut x = self.llama.embed(tokens)?;
+        for (layer, block) in self.llama.blocks.iter().enumerate() {
+            let is_last = layer + 1 == self.llama.blocks.len();
+            x = training.run(block, layer, &x, if is_last { &last } else { &all })?;
+        }
+        if rows == wanted {
+            return Ok(x);
+        }
+        let place = |row| rows.partition_point(|r| r < row) as u32;
+        let order: Vec<u32> = wanted.iter().map(place).collect();
+        Ok(x.index_select(&Tensor::new(order, self.llama.device())?, 0)?)
     }
 
     fn pass<'p>(&'p self, positions: &Arc<[u32]>, lengths: &Arc<[usize]>, dropout: Option<&'p Dropout>) -> Pass<'p> {

@@ -1,13 +1,13 @@
 //! Causal attention over packed sequences: the training path, with a backward.
 
-use std::sync::Arc;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
-use super::matrix::{Mat, product};
-use super::{floats, has_kernel, to_floats, vector};
+use super::{floats, has_kernel, host_floats};
 use crate::ModelConfig;
+use crate::cpu::{Attended, Sequences, attend_packed, attend_packed_backward};
 
 /// Sizes of an attention layer.
 #[derive(Debug, Clone, Copy)]
@@ -48,6 +48,12 @@ impl AttentionShape {
         head / (self.heads / self.kv_heads)
     }
 
+    /// The query heads that a key and value head serves.
+    pub fn query_heads(&self, kv_head: usize) -> Range<usize> {
+        let group = self.heads / self.kv_heads;
+        kv_head * group..(kv_head + 1) * group
+    }
+
     /// `1 / sqrt(head_dim)`.
     pub fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
@@ -76,8 +82,9 @@ pub(crate) fn packed_attention(
         return stock(q, k, v, lengths, shape);
     }
     let op = PackedAttention {
-        lengths: lengths.clone(),
+        sequences: Sequences::new(lengths),
         shape,
+        log_sums: OnceLock::new(),
     };
     let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
     q.apply_op3(&k, &v, op)
@@ -123,105 +130,11 @@ pub(crate) fn attend_stock(q: &Tensor, k: &Tensor, v: &Tensor, start: usize, sha
     weights.matmul(&v)?.transpose(0, 1)?.reshape((queries, shape.q_width()))
 }
 
-/// Softmax weights of one head: `weights[i]` over the keys that the query at i sees, 0 elsewhere.
-fn causal_weights(q: Mat, k: Mat, shape: &AttentionShape, weights: &mut Vec<f32>) {
-    let n = q.rows;
-    weights.resize(n * n, 0.0);
-    product(q, k.transposed(), shape.scale(), weights, n, false);
-    for (i, row) in weights.chunks_exact_mut(n).enumerate() {
-        let first = shape.first_visible(i);
-        row[..first].fill(0.0);
-        row[i + 1..].fill(0.0);
-        vector::softmax(&mut row[first..=i]);
-    }
-}
-
-/// Attention of one whole sequence; `out` holds its rows.
-fn attend(q: &[f32], k: &[f32], v: &[f32], shape: &AttentionShape, out: &mut [f32]) {
-    let (d, q_width, kv_width) = (shape.head_dim, shape.q_width(), shape.kv_width());
-    let n = q.len() / q_width;
-    let mut weights = Vec::new();
-    for head in 0..shape.heads {
-        let kv = shape.kv_head(head) * d;
-        let q = Mat::new(&q[head * d..], n, d, q_width);
-        causal_weights(q, Mat::new(&k[kv..], n, d, kv_width), shape, &mut weights);
-        product(
-            Mat::new(&weights, n, n, n),
-            Mat::new(&v[kv..], n, d, kv_width),
-            1.0,
-            &mut out[head * d..],
-            q_width,
-            false,
-        );
-    }
-}
-
-/// A sequence's rows of queries, keys, values and of the output or its gradient.
-struct Rows<'a> {
-    q: &'a [f32],
-    k: &'a [f32],
-    v: &'a [f32],
-    grad: &'a [f32],
-}
-
-/// Gradients of one sequence. With P the weights: dV = Pᵀ dO, dP = dO Vᵀ, dS = P (dP - Σ P dP), dQ = dS K, dK = dSᵀ Q.
-fn attend_backward(rows: &Rows, shape: &AttentionShape, dq: &mut [f32], dk: &mut [f32], dv: &mut [f32]) {
-    let (d, q_width, kv_width) = (shape.head_dim, shape.q_width(), shape.kv_width());
-    let n = rows.q.len() / q_width;
-    let mut weights = Vec::new();
-    let mut scores = vec![0f32; n * n];
-    for head in 0..shape.heads {
-        let kv = shape.kv_head(head) * d;
-        let q = Mat::new(&rows.q[head * d..], n, d, q_width);
-        let k = Mat::new(&rows.k[kv..], n, d, kv_width);
-        let v = Mat::new(&rows.v[kv..], n, d, kv_width);
-        let grad = Mat::new(&rows.grad[head * d..], n, d, q_width);
-        causal_weights(q, k, shape, &mut weights);
-        product(
-            Mat::new(&weights, n, n, n).transposed(),
-            grad,
-            1.0,
-            &mut dv[kv..],
-            kv_width,
-            true,
-        );
-        product(grad, v.transposed(), 1.0, &mut scores, n, false);
-        for (p, s) in weights.chunks_exact(n).zip(scores.chunks_exact_mut(n)) {
-            let mean = vector::dot(p, s);
-            for (s, p) in s.iter_mut().zip(p) {
-                *s = p * (*s - mean);
-            }
-        }
-        let ds = Mat::new(&scores, n, n, n);
-        product(ds, k, shape.scale(), &mut dq[head * d..], q_width, false);
-        product(ds.transposed(), q, shape.scale(), &mut dk[kv..], kv_width, true);
-    }
-}
-
 struct PackedAttention {
-    lengths: Arc<[usize]>,
+    sequences: Sequences,
     shape: AttentionShape,
-}
-
-impl PackedAttention {
-    /// Cuts a packed buffer of `width` elements per token into its sequences.
-    fn split<'a>(&self, mut data: &'a [f32], width: usize) -> Vec<&'a [f32]> {
-        let cut = |&n: &usize| {
-            let (head, tail) = data.split_at(n * width);
-            data = tail;
-            head
-        };
-        self.lengths.iter().map(cut).collect()
-    }
-
-    fn split_mut<'a>(&self, mut data: &'a mut [f32], width: usize) -> Vec<&'a mut [f32]> {
-        let cut = |&n: &usize| {
-            let (head, tail) = std::mem::take(&mut data).split_at_mut(n * width);
-            data = tail;
-            head
-        };
-        self.lengths.iter().map(cut).collect()
-    }
+    /// What the forward pass left for the backward pass.
+    log_sums: OnceLock<Vec<f32>>,
 }
 
 impl CustomOp3 for PackedAttention {
@@ -238,17 +151,12 @@ impl CustomOp3 for PackedAttention {
         v: &CpuStorage,
         lv: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (q, k, v) = (floats(q, lq, "q")?, floats(k, lk, "k")?, floats(v, lv, "v")?);
-        let (q_width, kv_width) = (self.shape.q_width(), self.shape.kv_width());
-        let mut out = vec![0f32; q.len()];
-        let inputs = self
-            .split(q, q_width)
-            .into_iter()
-            .zip(self.split(k, kv_width))
-            .zip(self.split(v, kv_width));
-        let work: Vec<_> = inputs.zip(self.split_mut(&mut out, q_width)).collect();
-        work.into_par_iter()
-            .for_each(|(((q, k), v), out)| attend(q, k, v, &self.shape, out));
+        let inputs = [floats(q, lq, "q")?, floats(k, lk, "k")?, floats(v, lv, "v")?];
+        let mut out = vec![0f32; inputs[0].len()];
+        let mut log_sums = vec![0f32; self.sequences.queries() * self.shape.heads];
+        attend_packed(inputs, &self.sequences, self.shape, &mut out, &mut log_sums);
+        // An op runs forward once.
+        let _ = self.log_sums.set(log_sums);
         Ok((CpuStorage::F32(out), lq.shape().clone()))
     }
 
@@ -257,25 +165,24 @@ impl CustomOp3 for PackedAttention {
         q: &Tensor,
         k: &Tensor,
         v: &Tensor,
-        _out: &Tensor,
+        out: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (q_shape, kv_shape, device) = (q.shape(), k.shape(), q.device());
-        let (q, k, v, grad) = (to_floats(q)?, to_floats(k)?, to_floats(v)?, to_floats(grad)?);
-        let (q_width, kv_width) = (self.shape.q_width(), self.shape.kv_width());
-        let (mut dq, mut dk, mut dv) = (vec![0f32; q.len()], vec![0f32; k.len()], vec![0f32; v.len()]);
-        let inputs = self.split(&q, q_width).into_iter().zip(self.split(&k, kv_width));
-        let inputs = inputs.zip(self.split(&v, kv_width)).zip(self.split(&grad, q_width));
-        let outputs = self
-            .split_mut(&mut dq, q_width)
-            .into_iter()
-            .zip(self.split_mut(&mut dk, kv_width));
-        let work: Vec<_> = inputs.zip(outputs.zip(self.split_mut(&mut dv, kv_width))).collect();
-        work.into_par_iter().for_each(|((((q, k), v), grad), ((dq, dk), dv))| {
-            attend_backward(&Rows { q, k, v, grad }, &self.shape, dq, dk, dv);
-        });
-        let tensor = |data, shape: &Shape| Tensor::from_vec(data, shape, device).map(Some);
-        Ok((tensor(dq, q_shape)?, tensor(dk, kv_shape)?, tensor(dv, kv_shape)?))
+        let zeros = |x: &Tensor| vec![0f32; x.elem_count()];
+        let (mut dq, mut dk, mut dv) = (zeros(q), zeros(k), zeros(v));
+        let grad = grad.contiguous()?;
+        let of = Attended {
+            q: &host_floats(q)?,
+            k: &host_floats(k)?,
+            v: &host_floats(v)?,
+            out: &host_floats(out)?,
+            log_sums: self.log_sums.get().map_or(&[], Vec::as_slice),
+            grad: &host_floats(&grad)?,
+        };
+        let grads = [Some(&mut dq[..]), Some(&mut dk[..]), Some(&mut dv[..])];
+        attend_packed_backward(of, &self.sequences, self.shape, grads);
+        let tensor = |data, like: &Tensor| Tensor::from_vec(data, like.shape(), like.device()).map(Some);
+        Ok((tensor(dq, q)?, tensor(dk, k)?, tensor(dv, v)?))
     }
 }
 
@@ -284,38 +191,95 @@ mod tests {
     use super::super::testing::{assert_same_op, random};
     use super::*;
 
+    /// Lengths around the sizes of a tile, a panel and a block of queries.
     fn check(shape: AttentionShape) -> Result<()> {
-        let lengths: Arc<[usize]> = Arc::from([3, 1, 5].as_slice());
+        let lengths: Arc<[usize]> = Arc::from([3, 1, 35, 70].as_slice());
         let inputs = [
-            random(&[9, shape.q_width()], 1)?,
-            random(&[9, shape.kv_width()], 2)?,
-            random(&[9, shape.kv_width()], 3)?,
+            random(&[109, shape.q_width()], 1)?,
+            random(&[109, shape.kv_width()], 2)?,
+            random(&[109, shape.kv_width()], 3)?,
         ];
         assert_same_op(
             &inputs,
             |t| packed_attention(&t[0], &t[1], &t[2], &lengths, shape),
             |t| stock(&t[0], &t[1], &t[2], &lengths, shape),
-            1e-5,
+            2e-5,
         )
     }
 
     #[test]
     fn kernel_equals_the_composition_with_grouped_heads() -> Result<()> {
-        check(AttentionShape {
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 8,
-            window: None,
-        })
+        for head_dim in [8, 16, 20] {
+            check(AttentionShape {
+                heads: 4,
+                kv_heads: 2,
+                head_dim,
+                window: None,
+            })?;
+        }
+        Ok(())
     }
 
     #[test]
     fn a_window_hides_what_is_far_back() -> Result<()> {
-        check(AttentionShape {
+        for window in [2, 19] {
+            check(AttentionShape {
+                heads: 2,
+                kv_heads: 2,
+                head_dim: 4,
+                window: Some(window),
+            })?;
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn rows_that_ask_alone_get_what_they_get_among_all() -> Result<()> {
+        let shape = AttentionShape {
             heads: 2,
-            kv_heads: 2,
-            head_dim: 4,
-            window: Some(2),
-        })
+            kv_heads: 1,
+            head_dim: 16,
+            window: Some(30),
+        };
+        let (lengths, asked) = ([40, 5, 20], [7u32, 8, 39, 45, 64]);
+        let all = Sequences::new(&lengths);
+        let some = Sequences::asked(&lengths, &asked);
+        let of = |seed, width| random(&[65, width], seed)?.flatten_all()?.to_vec1::<f32>();
+        let (q, k, v, grad) = (of(1, 32)?, of(2, 16)?, of(3, 16)?, of(4, 32)?);
+        let pick = |x: &[f32]| -> Vec<f32> {
+            asked
+                .iter()
+                .flat_map(|&r| x[r as usize * 32..][..32].iter().copied())
+                .collect()
+        };
+        // The gradient of rows that do not ask is 0.
+        let mut whole_grad = vec![0f32; grad.len()];
+        for &row in &asked {
+            let at = row as usize * 32..(row as usize + 1) * 32;
+            whole_grad[at.clone()].copy_from_slice(&grad[at]);
+        }
+        let run = |q: &[f32], grad: &[f32], sequences: &Sequences| {
+            let (mut out, mut log_sums) = (vec![0f32; q.len()], vec![0f32; q.len() / 16]);
+            attend_packed([q, &k, &v], sequences, shape, &mut out, &mut log_sums);
+            let (mut dq, mut dk, mut dv) = (vec![7f32; q.len()], vec![7f32; k.len()], vec![7f32; v.len()]);
+            let of = Attended {
+                q,
+                k: &k,
+                v: &v,
+                out: &out,
+                log_sums: &log_sums,
+                grad,
+            };
+            let grads = [Some(&mut dq[..]), Some(&mut dk[..]), Some(&mut dv[..])];
+            attend_packed_backward(of, sequences, shape, grads);
+            [out, dq, dk, dv]
+        };
+        let [out, dq, dk, dv] = run(&q, &whole_grad, &all);
+        let want = [pick(&out), pick(&dq), dk, dv];
+        for (got, want) in run(&pick(&q), &pick(&grad), &some).iter().zip(&want) {
+            assert_eq!(got.len(), want.len());
+            assert!(got.iter().zip(want).all(|(g, w)| (g - w).abs() < 1e-5));
+        }
+        Ok(())
     }
 }

@@ -5,8 +5,8 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, Layout, Result,
 
 use std::sync::Arc;
 
-use super::{floats, to_floats};
-use crate::cpu::{self, PackedMatrix};
+use super::{floats, host_floats};
+use crate::cpu::{self, PackedMatrix, Turned, multiply_turned};
 
 /// `x wᵀ + bias`.
 ///
@@ -61,8 +61,13 @@ impl CustomOp1 for PackedLinear {
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let rows = x.dim(0)?;
-        let dx = self.w.backward(&to_floats(grad)?, rows);
+        let grad = grad.contiguous()?;
+        let product = Turned {
+            grad: &host_floats(&grad)?,
+            matrix: &self.w,
+        };
+        let mut dx = vec![0f32; x.elem_count()];
+        multiply_turned(&[product], &mut dx, false);
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
@@ -111,6 +116,7 @@ impl CustomOp2 for Frozen {
 #[cfg(test)]
 mod tests {
     use super::super::testing::{assert_close, random};
+    use super::super::to_floats;
     use super::*;
     use candle_core::Var;
 

@@ -6,7 +6,6 @@
 mod attention;
 mod cross_entropy;
 mod linear;
-mod matrix;
 mod norm;
 mod paged_attention;
 mod rope;
@@ -18,10 +17,10 @@ pub(crate) use attention::attend_stock;
 pub(crate) use attention::{AttentionShape, packed_attention};
 pub use cross_entropy::cross_entropy;
 pub(crate) use linear::{linear, packed_linear};
-pub(crate) use norm::{rms_norm, rms_norm_in_place, rms_norm_row};
+pub(crate) use norm::{rms_norm, rms_norm_grad_row, rms_norm_in_place, rms_norm_row};
 pub(crate) use paged_attention::{CachedRow, paged_attention, write_rows};
 pub(crate) use rope::{RopeTable, rope};
-pub(crate) use swiglu::{swiglu, swiglu_in_place};
+pub(crate) use swiglu::{swiglu, swiglu_grad_in_place, swiglu_in_place};
 
 use std::ops::Deref;
 
@@ -33,7 +32,7 @@ pub(crate) fn has_kernel(x: &Tensor) -> bool {
 }
 
 /// The elements of a contiguous f32 operand of a kernel.
-fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
+pub(crate) fn floats<'a>(storage: &'a CpuStorage, layout: &Layout, op: &str) -> Result<&'a [f32]> {
     let CpuStorage::F32(data) = storage else {
         bail!("{op}: expected f32");
     };

@@ -51,6 +51,26 @@ pub(crate) fn rms_norm_in_place(row: &mut [f32], w: &[f32], eps: f32) {
     }
 }
 
+/// Adds to `dx` the gradient of a row of [`rms_norm_row`], whose output has the gradient `grad`.
+///
+/// With u = x / rms: dx = (g w - u mean(g w u)) / rms.
+pub(crate) fn rms_norm_grad_row(row: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32]) {
+    let inverse = inverse_rms(row, eps);
+    let ((x8, x_rest), (w8, w_rest), (g8, g_rest)) =
+        (row.as_chunks::<8>(), w.as_chunks::<8>(), grad.as_chunks::<8>());
+    let mut lanes = [0f32; 8];
+    for ((x, w), g) in x8.iter().zip(w8).zip(g8) {
+        for i in 0..8 {
+            lanes[i] += x[i] * w[i] * g[i];
+        }
+    }
+    let rest: f32 = x_rest.iter().zip(w_rest).zip(g_rest).map(|((x, w), g)| x * w * g).sum();
+    let along = (vector::sum(&lanes) + rest) * inverse * inverse / row.len() as f32;
+    for (((dx, x), w), g) in dx.iter_mut().zip(row).zip(w).zip(grad) {
+        *dx += (g * w - x * along) * inverse;
+    }
+}
+
 impl CustomOp2 for RmsNorm {
     fn name(&self) -> &'static str {
         "rms-norm"
@@ -65,26 +85,23 @@ impl CustomOp2 for RmsNorm {
         Ok((CpuStorage::F32(out), lx.shape().clone()))
     }
 
-    // With u = x / rms and g the gradient: dw = Σ g u, dx = (g w - u mean(g w u)) / rms.
     fn bwd(&self, x: &Tensor, w: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (shape, device) = (x.shape(), x.device());
         let (x, scale, grad) = (to_floats(x)?, to_floats(w)?, to_floats(grad)?);
         let h = scale.len();
         let mut dx = vec![0f32; x.len()];
-        let mut dw = vec![0f32; h];
-        let rows = x.chunks_exact(h).zip(grad.chunks_exact(h)).zip(dx.chunks_exact_mut(h));
-        for ((x, g), dx) in rows {
-            let inverse = inverse_rms(x, self.eps);
-            for i in 0..h {
-                dx[i] = g[i] * scale[i];
-                dw[i] += g[i] * x[i] * inverse;
-            }
-            let along = vector::dot(dx, x) * inverse * inverse / h as f32;
-            for i in 0..h {
-                dx[i] = (dx[i] - x[i] * along) * inverse;
-            }
+        let rows = x.chunks_exact(h).zip(grad.chunks_exact(h));
+        for ((x, g), dx) in rows.clone().zip(dx.chunks_exact_mut(h)) {
+            rms_norm_grad_row(x, &scale, self.eps, g, dx);
         }
         let dw = if w.track_op() {
+            let mut dw = vec![0f32; h];
+            for (x, g) in rows {
+                let inverse = inverse_rms(x, self.eps);
+                for ((dw, x), g) in dw.iter_mut().zip(x).zip(g) {
+                    *dw += g * x * inverse;
+                }
+            }
             Some(Tensor::from_vec(dw, h, device)?)
         } else {
             None

@@ -23,6 +23,15 @@ pub(crate) fn swiglu_in_place(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// Replaces `gate` and `up` by their gradients, where `grad` is that of [`swiglu_in_place`]'s result.
+pub(crate) fn swiglu_grad_in_place(gate: &mut [f32], up: &mut [f32], grad: &[f32]) {
+    for ((gate, up), grad) in gate.iter_mut().zip(up).zip(grad) {
+        let (g, s) = (*gate, sigmoid(*gate));
+        *gate = grad * *up * s * (1.0 + g * (1.0 - s));
+        *up = grad * g * s;
+    }
+}
+
 struct SwiGlu;
 
 #[inline(always)]
@@ -44,16 +53,10 @@ impl CustomOp2 for SwiGlu {
 
     fn bwd(&self, gate: &Tensor, up: &Tensor, _y: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (shape, device) = (gate.shape(), gate.device());
-        let (gate, up, grad) = (to_floats(gate)?, to_floats(up)?, to_floats(grad)?);
-        let mut dgate = vec![0f32; gate.len()];
-        let mut dup = vec![0f32; gate.len()];
-        for i in 0..gate.len() {
-            let s = sigmoid(gate[i]);
-            dup[i] = grad[i] * gate[i] * s;
-            dgate[i] = grad[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-        }
+        let (mut gate, mut up, grad) = (to_floats(gate)?, to_floats(up)?, to_floats(grad)?);
+        swiglu_grad_in_place(&mut gate, &mut up, &grad);
         let tensor = |data| Tensor::from_vec(data, shape, device).map(Some);
-        Ok((tensor(dgate)?, tensor(dup)?))
+        Ok((tensor(gate)?, tensor(up)?))
     }
 }
 

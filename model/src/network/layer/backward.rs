@@ -1,0 +1,246 @@
+//! The layer's backward pass.
+
+use candle_core::{Result, Tensor};
+use rayon::prelude::*;
+
+use super::super::host::by_rows;
+use super::{Kept, LayerOp, LowRank};
+use crate::cpu::{Attended, Turned, attend_packed_backward, multiply_turned};
+use crate::lora::LinearKind::{self, DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
+use crate::ops::{self, host_floats};
+
+/// The factors' gradients as they come about.
+struct Factors<'a> {
+    low: &'a [LowRank],
+    grads: Vec<f32>,
+}
+
+impl LayerOp {
+    /// The gradients of the layer's input, where `deep` asks for it, and of the factors.
+    ///
+    /// - `x`: the layer's input, `[t, hidden]`; `grad`: of its output, `[n, hidden]`
+    pub(super) fn backward(
+        &self,
+        x: &[f32],
+        kept: Kept,
+        grad: &[f32],
+        deep: bool,
+    ) -> Result<(Option<Vec<f32>>, Vec<f32>)> {
+        let (block, scratch) = (&self.block, &self.scratch);
+        let Kept {
+            q,
+            k,
+            v,
+            mixed,
+            log_sums,
+            middle,
+            gate,
+            up,
+            low,
+        } = kept;
+        let mut factors = Factors {
+            low: &low,
+            grads: vec![0f32; self.terms.len()],
+        };
+        let has = |kinds: &[LinearKind]| kinds.iter().any(|&kind| self.terms.has(kind));
+
+        let dnormed = self.feed_forward_backward(&middle, gate, up, grad, &mut factors)?;
+        let mut dmiddle = scratch.copy(grad);
+        self.add_norm_backward(&middle, &block.post_attention_norm, &dnormed, &mut dmiddle)?;
+        scratch.give([dnormed, middle]);
+
+        // Below attention there may be nothing that is trained.
+        let below = deep || has(&[QProj, KProj, VProj]);
+        let mut dmixed = scratch.take(if below { mixed.len() } else { 0 });
+        let to = below.then_some(&mut dmixed[..]);
+        self.through(&[(OProj, &dmiddle)], Some(&mixed), to, &mut factors);
+        let mut dx = None;
+        if below {
+            let (turned_q, turned_k) = (self.turned(QProj, &q)?, self.turned(KProj, &k)?);
+            let of = Attended {
+                q: &turned_q,
+                k: &turned_k,
+                v: &v,
+                out: &mixed,
+                log_sums: &log_sums,
+                grad: &dmixed,
+            };
+            let wanted = |kind, len| (deep || self.terms.has(kind)).then(|| scratch.take(len));
+            let (mut dq, mut dk, mut dv) = (
+                wanted(QProj, q.len()),
+                wanted(KProj, k.len()),
+                wanted(VProj, v.len()),
+            );
+            let to = [dq.as_deref_mut(), dk.as_deref_mut(), dv.as_deref_mut()];
+            attend_packed_backward(of, &self.read.sequences, block.shape, to);
+            scratch.give([turned_q, turned_k]);
+            self.turn_back(QProj, &q, dq.as_mut())?;
+            self.turn_back(KProj, &k, dk.as_mut())?;
+            let grads = [dq, dk, dv];
+            dx = self.input_backward(x, &grads, &dmiddle, deep, &mut factors)?;
+            scratch.give(grads.into_iter().flatten());
+        }
+        scratch.give([dmiddle, dmixed, q, k, v, mixed, log_sums]);
+        let grads = factors.grads;
+        scratch.give(low.into_iter().map(LowRank::into_low));
+        Ok((dx, grads))
+    }
+
+    /// The gradient of the feed-forward layer's normalised input. Gate and up become their own gradients.
+    fn feed_forward_backward(
+        &self,
+        middle: &[f32],
+        mut gate: Vec<f32>,
+        mut up: Vec<f32>,
+        grad: &[f32],
+        factors: &mut Factors,
+    ) -> Result<Vec<f32>> {
+        let scratch = &self.scratch;
+        let active = self.terms.has(DownProj).then(|| self.active(&gate, &up));
+        let mut dactive = scratch.take(gate.len());
+        self.through(&[(DownProj, grad)], active.as_deref(), Some(&mut dactive), factors);
+        scratch.give(active);
+        /// Elements that a thread takes at once.
+        const AT_ONCE: usize = 1 << 15;
+        let parts = gate.par_chunks_mut(AT_ONCE).zip(up.par_chunks_mut(AT_ONCE));
+        parts
+            .zip(dactive.par_chunks(AT_ONCE))
+            .for_each(|((gate, up), grad)| ops::swiglu_grad_in_place(gate, up, grad));
+        scratch.give([dactive]);
+        let wants_input = self.terms.has(GateProj) || self.terms.has(UpProj);
+        let normed = match wants_input {
+            true => Some(self.normed(middle, &self.block.post_attention_norm)?),
+            false => None,
+        };
+        let mut dnormed = scratch.take(middle.len());
+        let grads = [(GateProj, &gate[..]), (UpProj, &up[..])];
+        self.through(&grads, normed.as_deref(), Some(&mut dnormed), factors);
+        scratch.give(normed.into_iter().chain([gate, up]));
+        Ok(dnormed)
+    }
+
+    /// From the gradients of queries, keys and values to that of the layer's input.
+    fn input_backward(
+        &self,
+        x: &[f32],
+        [dq, dk, dv]: &[Option<Vec<f32>>; 3],
+        dmiddle: &[f32],
+        deep: bool,
+        factors: &mut Factors,
+    ) -> Result<Option<Vec<f32>>> {
+        let (scratch, norm) = (&self.scratch, &self.block.input_norm);
+        let hidden = self.width(DownProj);
+        let normed = match [QProj, KProj, VProj].iter().any(|&kind| self.terms.has(kind)) {
+            true => Some(self.normed(x, norm)?),
+            false => None,
+        };
+        let asking = normed.as_ref().and_then(|normed| self.pick(normed, hidden));
+        let mut dnormed = deep.then(|| scratch.take(x.len()));
+        // Where not all are read, the queries have rows of their own.
+        let of_all: Vec<(LinearKind, &[f32])> = [(QProj, dq), (KProj, dk), (VProj, dv)]
+            .into_iter()
+            .filter(|(kind, _)| self.read.rows.is_none() || *kind != QProj)
+            .filter_map(|(kind, grad)| Some((kind, grad.as_deref()?)))
+            .collect();
+        self.through(&of_all, normed.as_deref(), dnormed.as_deref_mut(), factors);
+        if let (Some(rows), Some(dq)) = (&self.read.rows, dq) {
+            let mut part = deep.then(|| scratch.take(rows.len() * hidden));
+            self.through(&[(QProj, dq)], asking.as_deref(), part.as_deref_mut(), factors);
+            if let (Some(dnormed), Some(part)) = (&mut dnormed, &part) {
+                add_rows(dnormed, rows, part, hidden);
+            }
+            scratch.give(part);
+        }
+        scratch.give(normed.into_iter().chain(asking));
+        let Some(dnormed) = dnormed else { return Ok(None) };
+        let mut dx = match &self.read.rows {
+            None => scratch.copy(dmiddle),
+            Some(rows) => {
+                let mut dx = scratch.take(x.len());
+                dx.fill(0.0);
+                add_rows(&mut dx, rows, dmiddle, hidden);
+                dx
+            }
+        };
+        self.add_norm_backward(x, norm, &dnormed, &mut dx)?;
+        scratch.give([dnormed]);
+        Ok(Some(dx))
+    }
+
+    /// Back through linear layers that had the same `input`, which only the adapter's terms read.
+    fn through(
+        &self,
+        grads: &[(LinearKind, &[f32])],
+        input: Option<&[f32]>,
+        mut dx: Option<&mut [f32]>,
+        factors: &mut Factors,
+    ) {
+        if let Some(dx) = dx.as_deref_mut().filter(|_| !grads.is_empty()) {
+            let products = grads.iter().map(|&(kind, grad)| Turned {
+                grad,
+                matrix: self.matrix(kind),
+            });
+            multiply_turned(&products.collect::<Vec<_>>(), dx, false);
+        }
+        for &(kind, grad) in grads {
+            let low = factors.low.iter().find(|low| low.kind() == kind);
+            if let (Some(low), Some(input)) = (low, input) {
+                let dx = dx.as_deref_mut();
+                self.terms
+                    .backward(low, (input, grad), &mut factors.grads, dx, &self.scratch);
+            }
+        }
+    }
+
+    /// Adds to `dx` the gradient of a norm's input.
+    fn add_norm_backward(&self, x: &[f32], weight: &Tensor, grad: &[f32], dx: &mut [f32]) -> Result<()> {
+        let (weight, eps) = (host_floats(weight)?, self.block.eps as f32);
+        let (weight, width) = (&*weight, weight.len());
+        by_rows(dx, width, |row, dx| {
+            let at = row * width..(row + 1) * width;
+            ops::rms_norm_grad_row(&x[at.clone()], weight, eps, &grad[at], dx);
+        });
+        Ok(())
+    }
+
+    /// The gradient of queries or keys with their positions in, to that of what the linear layer gave.
+    fn turn_back(&self, kind: LinearKind, raw: &[f32], grad: Option<&mut Vec<f32>>) -> Result<()> {
+        let Some(grad) = grad else { return Ok(()) };
+        let width = self.width(kind);
+        by_rows(grad, width, |row, heads| {
+            self.rope.turn(heads, self.position(kind, row), -1.0)
+        });
+        if let Some(norm) = self.head_norm(kind) {
+            let mut below = self.scratch.take(grad.len());
+            below.fill(0.0);
+            self.add_norm_backward(raw, norm, grad, &mut below)?;
+            self.scratch.give([std::mem::replace(grad, below)]);
+        }
+        Ok(())
+    }
+
+    /// Gives the buffers of a pass that needs no backward pass back.
+    pub(super) fn give(&self, kept: Kept) {
+        let Kept {
+            q,
+            k,
+            v,
+            mixed,
+            log_sums,
+            middle,
+            gate,
+            up,
+            low,
+        } = kept;
+        self.scratch.give([q, k, v, mixed, log_sums, middle, gate, up]);
+        self.scratch.give(low.into_iter().map(LowRank::into_low));
+    }
+}
+
+/// Adds row i of `part` to row `rows[i]` of `sum`.
+fn add_rows(sum: &mut [f32], rows: &[u32], part: &[f32], width: usize) {
+    for (part, &row) in part.chunks_exact(width).zip(rows) {
+        let sum = &mut sum[row as usize * width..][..width];
+        sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+    }
+}

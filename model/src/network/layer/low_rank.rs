@@ -1,0 +1,221 @@
+//! The adapter's low-rank terms of one layer, forward and backward.
+
+use std::borrow::Cow;
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Turned, multiply, multiply_turned, outer};
+use crate::lora::{Adapter, Dropout, LinearKind, Mask};
+
+/// Which linear layers of a block have a term, and where its factors lie in the one tensor of all.
+#[derive(Debug, Default)]
+pub(super) struct Terms {
+    terms: Vec<Term>,
+    scale: f32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Term {
+    kind: LinearKind,
+    rank: usize,
+    inputs: usize,
+    outputs: usize,
+    /// Where A begins; B follows it.
+    start: usize,
+}
+
+impl Term {
+    fn a(&self) -> std::ops::Range<usize> {
+        self.start..self.start + self.rank * self.inputs
+    }
+
+    fn b(&self) -> std::ops::Range<usize> {
+        self.a().end..self.a().end + self.outputs * self.rank
+    }
+}
+
+impl Terms {
+    /// The terms of a layer, and all their factors one behind the other, differentiably.
+    pub fn of(adapter: Option<&Adapter>, layer: usize) -> Result<(Self, Tensor)> {
+        let (mut terms, mut factors, mut start) = (Vec::new(), Vec::new(), 0);
+        for kind in LinearKind::ALL {
+            let Some(pair) = adapter.and_then(|a| a.pair(layer, kind)) else {
+                continue;
+            };
+            let ((rank, inputs), (outputs, _)) = (pair.a.dims2()?, pair.b.dims2()?);
+            let term = Term {
+                kind,
+                rank,
+                inputs,
+                outputs,
+                start,
+            };
+            start = term.b().end;
+            terms.push(term);
+            factors.extend([pair.a.flatten_all()?, pair.b.flatten_all()?]);
+        }
+        let scale = adapter.map_or(0.0, |a| a.config().scale() as f32);
+        let factors = match terms.is_empty() {
+            true => Tensor::zeros(1, DType::F32, &Device::Cpu)?,
+            false => Tensor::cat(&factors, 0)?,
+        };
+        Ok((Self { terms, scale }, factors))
+    }
+
+    pub fn has(&self, kind: LinearKind) -> bool {
+        self.terms.iter().any(|t| t.kind == kind)
+    }
+
+    /// Elements of all factors.
+    pub fn len(&self) -> usize {
+        self.terms.last().map_or(1, |t| t.b().end)
+    }
+
+    /// A forward pass through the terms.
+    pub fn forward<'a>(
+        &'a self,
+        factors: &'a [f32],
+        dropout: Option<(f64, u64)>,
+        scratch: &'a Scratch,
+    ) -> Forward<'a> {
+        Forward {
+            terms: self,
+            factors,
+            dropout: dropout.map(|(probability, seed)| Dropout::new(probability, seed)),
+            scratch,
+            done: Vec::with_capacity(self.terms.len()),
+        }
+    }
+
+    /// Writes the gradients of a term's factors into `dfactors`, and adds its part to the gradient of its input.
+    ///
+    /// - `input`: `[t, inputs]`; `grad`: `[t, outputs]`
+    pub fn backward(
+        &self,
+        low: &LowRank,
+        (input, grad): (&[f32], &[f32]),
+        dfactors: &mut [f32],
+        dx: Option<&mut [f32]>,
+        scratch: &Scratch,
+    ) {
+        let term = low.term;
+        let (rank, inputs) = (term.rank, term.inputs);
+        let mut dlow = scratch.take(low.low.len());
+        let through = Turned { grad, matrix: &low.b };
+        multiply_turned(&[through], &mut dlow, false);
+        dlow.iter_mut().for_each(|v| *v *= self.scale);
+        let db = &mut dfactors[term.b()];
+        outer(grad, term.outputs, &low.low, rank, |o, r, sum| db[o * rank + r] = sum);
+        let dropped = dropped(input, low.mask.as_ref(), scratch);
+        let da = &mut dfactors[term.a()];
+        outer(&dropped, inputs, &dlow, rank, |i, r, sum| da[r * inputs + i] = sum);
+        if let Cow::Owned(dropped) = dropped {
+            scratch.give([dropped]);
+        }
+        if let Some(dx) = dx {
+            let through = Turned {
+                grad: &dlow,
+                matrix: &low.a,
+            };
+            match &low.mask {
+                None => multiply_turned(&[through], dx, true),
+                Some(mask) => {
+                    let mut part = scratch.take(dx.len());
+                    multiply_turned(&[through], &mut part, false);
+                    mask.apply(&mut part);
+                    dx.iter_mut().zip(&part).for_each(|(dx, part)| *dx += part);
+                    scratch.give([part]);
+                }
+            }
+        }
+        scratch.give([dlow]);
+    }
+}
+
+/// What the backward pass reads of a term's forward pass.
+pub(super) struct LowRank {
+    term: Term,
+    a: PackedMatrix,
+    b: PackedMatrix,
+    /// `scale * A x`, `[t, rank]`.
+    low: Vec<f32>,
+    mask: Option<Mask>,
+}
+
+impl LowRank {
+    pub fn kind(&self) -> LinearKind {
+        self.term.kind
+    }
+
+    /// Its buffer.
+    pub fn into_low(self) -> Vec<f32> {
+        self.low
+    }
+}
+
+/// A forward pass through a layer's terms, in the order of [`LinearKind::ALL`].
+pub(super) struct Forward<'a> {
+    terms: &'a Terms,
+    factors: &'a [f32],
+    dropout: Option<Dropout>,
+    scratch: &'a Scratch,
+    done: Vec<LowRank>,
+}
+
+impl Forward<'_> {
+    /// `out += scale * B A x`, where the adapter changes this linear layer.
+    pub fn add(&mut self, kind: LinearKind, x: &[f32], out: &mut [f32]) {
+        let Some(term) = self.terms.terms.iter().find(|t| t.kind == kind) else {
+            return;
+        };
+        let a = PackedMatrix::pack(&self.factors[term.a()], term.rank, term.inputs);
+        let b = PackedMatrix::pack(&self.factors[term.b()], term.outputs, term.rank);
+        let mask = self.dropout.as_ref().and_then(|d| d.mask(x.len()));
+        let dropped = dropped(x, mask.as_ref(), self.scratch);
+        let mut low = self.scratch.take(x.len() / term.inputs * term.rank);
+        multiply_into(&a, &dropped, &mut low, false);
+        low.iter_mut().for_each(|v| *v *= self.terms.scale);
+        multiply_into(&b, &low, out, true);
+        if let Cow::Owned(dropped) = dropped {
+            self.scratch.give([dropped]);
+        }
+        self.done.push(LowRank {
+            term: *term,
+            a,
+            b,
+            low,
+            mask,
+        });
+    }
+
+    pub fn finish(self) -> Vec<LowRank> {
+        self.done
+    }
+}
+
+fn dropped<'a>(x: &'a [f32], mask: Option<&Mask>, scratch: &Scratch) -> Cow<'a, [f32]> {
+    match mask {
+        None => Cow::Borrowed(x),
+        Some(mask) => {
+            let mut x = scratch.copy(x);
+            mask.apply(&mut x);
+            Cow::Owned(x)
+        }
+    }
+}
+
+/// `out = x wᵀ`, or `out += x wᵀ`.
+pub(super) fn multiply_into(matrix: &PackedMatrix, x: &[f32], out: &mut [f32], accumulate: bool) {
+    let (outputs, inputs) = matrix.shape();
+    let product = Product {
+        matrix,
+        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
+        out: unsafe { Output::shared(out, outputs) },
+        accumulate,
+    };
+    let rows = Rows {
+        data: x,
+        stride: inputs,
+    };
+    multiply(rows, x.len() / inputs, &[product]);
+}

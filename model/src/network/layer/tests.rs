@@ -1,0 +1,183 @@
+//! The layer as one operation against the same layer in candle's operations.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, Var};
+
+use super::{Read, Training};
+use crate::cpu::{Scratch, Sequences};
+use crate::lora::{Adapter, Dropout};
+use crate::network::Llama;
+use crate::network::pass::{Attention, Pass};
+use crate::ops::testing::{assert_close, random};
+use crate::{LoraConfig, ModelConfig};
+
+/// Lengths and positions of the packed sequences.
+const LENGTHS: [usize; 3] = [21, 1, 7];
+
+struct Case {
+    config: ModelConfig,
+    modules: &'static str,
+    dropout: f64,
+    /// Packed rows that are read.
+    rows: Option<Vec<u32>>,
+    checkpointing: bool,
+}
+
+impl Case {
+    fn new(config: ModelConfig, modules: &'static str) -> Self {
+        Self {
+            config,
+            modules,
+            dropout: 0.0,
+            rows: None,
+            checkpointing: false,
+        }
+    }
+
+    /// Output and every gradient are those of `Block::forward`.
+    fn check(&self) -> anyhow::Result<()> {
+        let llama = crate::testing::network(&self.config)?;
+        let adapter = adapter(&llama, self.modules)?;
+        let input = Var::from_tensor(&random(&[29, self.config.hidden_size], 7)?)?;
+        let positions: Arc<[u32]> = LENGTHS.iter().flat_map(|&n| 0..n as u32).collect();
+        let block = &llama.blocks[0];
+        assert!(block.runs_on_host());
+
+        let rows = self.rows.as_ref().map(|r| Tensor::new(r.as_slice(), &Device::Cpu)).transpose()?;
+        // The layer draws a seed of its own from the pass's generator.
+        let outer = Dropout::new(self.dropout, 3);
+        let forked = outer.fork().map(|(p, seed)| Dropout::new(p, seed));
+        let pass = Pass {
+            positions: positions.clone(),
+            rope: &llama.rope,
+            adapter: Some(&adapter),
+            dropout: forked.as_ref(),
+            attention: Attention::Packed(LENGTHS.as_slice().into()),
+        };
+        let want = block.forward(input.as_tensor(), 0, &pass, rows.as_ref())?;
+
+        let outer = Dropout::new(self.dropout, 3);
+        let scratch = Arc::new(Scratch::default());
+        let training = Training {
+            positions,
+            rope: &llama.rope,
+            adapter: Some(&adapter),
+            dropout: Some(&outer),
+            checkpointing: self.checkpointing,
+            scratch: &scratch,
+        };
+        let read = Read {
+            sequences: Arc::new(match &self.rows {
+                Some(rows) => Sequences::asked(&LENGTHS, rows),
+                None => Sequences::new(&LENGTHS),
+            }),
+            rows: self.rows.as_deref().map(Into::into),
+        };
+        let got = training.run(block, 0, input.as_tensor(), &read)?;
+        assert_close(&got, &want, 2e-5)?;
+        let weights = random(want.dims(), 9)?;
+        let (got, want) = ((got * &weights)?.sum_all()?, (want * &weights)?.sum_all()?);
+        let (first, again, want) = (got.backward()?, got.backward()?, want.backward()?);
+        let mut variables = adapter.tensors();
+        variables.retain(|name, _| name.contains("layers.0."));
+        variables.insert("input".to_owned(), input.as_tensor().clone());
+        for (name, variable) in variables {
+            let want = want.get(&variable).unwrap_or_else(|| panic!("{name}: no gradient to compare with"));
+            // The second time nothing is kept any more, and the layer runs again.
+            for grads in [&first, &again] {
+                let got = grads.get(&variable).unwrap_or_else(|| panic!("{name} has no gradient"));
+                assert_close(got, want, 1e-4)?;
+            }
+        }
+        // Nothing below wants a gradient: the factors' are the same.
+        let below = training_without_input(&training, block, &input, &read)?;
+        let grads = (below * &weights)?.sum_all()?.backward()?;
+        for (name, variable) in adapter.tensors() {
+            if let (Some(want), 0.0) = (want.get(&variable), self.dropout) {
+                let got = grads.get(&variable).unwrap_or_else(|| panic!("{name} has no gradient"));
+                assert_close(got, want, 1e-4)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn training_without_input(
+    training: &Training,
+    block: &crate::network::block::Block,
+    input: &Var,
+    read: &Read,
+) -> Result<Tensor> {
+    training.run(block, 0, &input.as_tensor().detach(), read)
+}
+
+fn adapter(llama: &Llama, modules: &str) -> anyhow::Result<Adapter> {
+    let config = LoraConfig {
+        target_modules: modules.parse().map_err(anyhow::Error::msg)?,
+        ..LoraConfig::default()
+    };
+    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
+    // B is zero at the start: give it values, or nothing reaches A.
+    for (name, factor) in adapter.tensors() {
+        if name.contains("lora_B") {
+            factor.slice_set(&(random(factor.dims(), name.len() as u64)? * 0.2)?, 0, 0)?;
+        }
+    }
+    Ok(adapter)
+}
+
+#[test]
+fn any_choice_of_modules_gets_the_gradients_of_the_composed_layer() -> anyhow::Result<()> {
+    for modules in ["q_proj,v_proj", "all-linear", "k_proj", "down_proj", "o_proj,gate_proj"] {
+        Case::new(crate::testing::config(), modules).check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn every_kind_of_model_gets_them() -> anyhow::Result<()> {
+    let plain = crate::testing::config();
+    let kinds = [
+        ModelConfig {
+            attention_bias: true,
+            ..plain.clone()
+        },
+        ModelConfig {
+            qk_norm: true,
+            ..plain.clone()
+        },
+        ModelConfig {
+            sliding_window: Some(4),
+            num_key_value_heads: 1,
+            ..plain
+        },
+    ];
+    for config in kinds {
+        Case::new(config, "all-linear").check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_that_are_not_read_cost_nothing_and_change_nothing() -> anyhow::Result<()> {
+    for modules in ["q_proj,v_proj", "all-linear"] {
+        let mut case = Case::new(crate::testing::config(), modules);
+        case.rows = Some(vec![3, 19, 20, 28]);
+        case.check()?;
+        case.config.qk_norm = true;
+        case.check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn dropout_drops_the_same_forward_backward_and_in_the_composed_layer() -> anyhow::Result<()> {
+    for checkpointing in [false, true] {
+        let mut case = Case::new(crate::testing::config(), "all-linear");
+        case.dropout = 0.3;
+        case.checkpointing = checkpointing;
+        case.check()?;
+    }
+    Ok(())
+}
