@@ -58,6 +58,7 @@ pub(crate) fn run(
         slots.enqueue(request.id.clone(), predicted, tokens, Waiter::New(request))?;
     }
     let result = slots.run_all(config.batch_size.get(), on_output);
+    slots.engine.forget_ahead();
     if result.is_err() {
         // The engine outlives the error: give it its cache back.
         for mut running in std::mem::take(&mut slots.running) {
@@ -94,9 +95,10 @@ impl Slots<'_> {
             }
             self.reserve_all()?;
             let mut rows: Vec<&mut Sequence> = self.running.iter_mut().map(|r| &mut r.sequence).collect();
-            self.engine.step(&mut rows)?;
-            self.stats.steps += 1;
-            self.stats.slot_steps += slots as u64;
+            if self.engine.step_ahead(&mut rows)? {
+                self.stats.steps += 1;
+                self.stats.slot_steps += slots as u64;
+            }
             self.collect(on_output)?;
         }
     }

@@ -1,9 +1,10 @@
 //! Forward passes over running sequences, and the cache they share.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
-use lengthwise_model::{Adapter, Flight, KvCache, Llama, kv_bytes_per_token, tokens_that_fit};
+use lengthwise_model::{Adapter, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit};
 
 use crate::SequenceRequest;
 use crate::sequence::Sequence;
@@ -39,6 +40,16 @@ pub struct Engine {
     pub(crate) cache: KvCache,
     eos: Vec<u32>,
     config: EngineConfig,
+    /// The last pass of [`Engine::step_ahead`], where it has not been waited for.
+    ahead: Option<Launched>,
+    /// Sequences that were given a number.
+    runs: u64,
+}
+
+/// A pass, and whose tokens it draws: the number of each segment's sequence, or none.
+struct Launched {
+    flight: Flight,
+    runs: Vec<Option<u64>>,
 }
 
 /// Tokens of the KV cache: those asked for; else on a GPU what its memory holds, and on a CPU a fixed size.
@@ -63,7 +74,18 @@ impl Engine {
         config: EngineConfig,
     ) -> Result<Self, DecodeError> {
         let tokens = cache_tokens(&model, &config)?;
-        let mut cache = KvCache::new(&model, tokens).map_err(DecodeError::model)?;
+        let cache = KvCache::new(&model, tokens).map_err(DecodeError::model)?;
+        Self::with_cache(model, adapter, eos, config, cache)
+    }
+
+    /// An engine on a cache of the model.
+    pub(crate) fn with_cache(
+        model: Arc<Llama>,
+        adapter: Option<Arc<Adapter>>,
+        eos: Vec<u32>,
+        config: EngineConfig,
+        mut cache: KvCache,
+    ) -> Result<Self, DecodeError> {
         cache
             .reserve_passes(config.max_prefill_tokens + EXPECTED_SLOTS, EXPECTED_SLOTS)
             .map_err(DecodeError::model)?;
@@ -73,6 +95,8 @@ impl Engine {
             cache,
             eos,
             config,
+            ahead: None,
+            runs: 0,
         })
     }
 
@@ -133,17 +157,67 @@ impl Engine {
     /// One forward pass: every sequence's next token, or a chunk of its prompt. Each must have its blocks reserved
     /// for all its pending tokens.
     pub(crate) fn step(&mut self, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
+        match self.launch(sequences)? {
+            Some(launched) => self.land(launched, sequences),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Engine::step`], but where the device allows it the pass is only launched, and the one before is waited for:
+    /// while the host works on that one's tokens, the device is at the next. A sequence's end is so seen one pass late.
+    ///
+    /// Returns whether there was anything to launch.
+    pub(crate) fn step_ahead(&mut self, sequences: &mut [&mut Sequence]) -> Result<bool, DecodeError> {
+        let launched = self.launch(sequences)?;
+        let is_launched = launched.is_some();
+        let before = match self.cache.overlaps() {
+            true => std::mem::replace(&mut self.ahead, launched),
+            false => launched,
+        };
+        if let Some(before) = before {
+            self.land(before, sequences)?;
+        }
+        Ok(is_launched)
+    }
+
+    /// Forgets the last pass that [`Engine::step_ahead`] launched; nobody waits for its tokens.
+    pub(crate) fn forget_ahead(&mut self) {
+        self.ahead = None;
+    }
+
+    fn launch(&mut self, sequences: &mut [&mut Sequence]) -> Result<Option<Launched>, DecodeError> {
         let counts = self.share_prefill(sequences);
-        let ran = || counts.iter().copied().enumerate().filter(|(_, n)| *n > 0);
         let passes = sequences.iter_mut().zip(&counts).filter(|(_, n)| **n > 0);
         let (segments, mut samplers): (Vec<_>, Vec<_>) = passes.map(|(s, n)| s.pass(*n)).unzip();
-        let tokens = self
+        if segments.is_empty() {
+            return Ok(None);
+        }
+        let flight = self
             .model
             .launch(&segments, &mut self.cache, self.adapter.as_deref(), &mut samplers)
-            .and_then(Flight::land)
             .map_err(DecodeError::model)?;
-        for ((i, count), token) in ran().zip(tokens) {
-            sequences[i].advance(count, token, &self.eos);
+        let ran = sequences.iter_mut().zip(counts).filter(|(_, n)| *n > 0);
+        let mut runs = Vec::new();
+        for (segment, (sequence, count)) in ran.enumerate() {
+            let draws = sequence.advance(count, drawn_token(segment));
+            let run = *sequence.run.get_or_insert_with(|| {
+                self.runs += 1;
+                self.runs
+            });
+            runs.push(draws.then_some(run));
+        }
+        Ok(Some(Launched { flight, runs }))
+    }
+
+    /// Waits for a pass and gives its tokens to their sequences; those that are gone have none to take.
+    fn land(&self, launched: Launched, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
+        let tokens = launched.flight.land().map_err(DecodeError::model)?;
+        let drawn = launched.runs.into_iter().zip(tokens);
+        let mut drawn: HashMap<u64, u32> = drawn.filter_map(|(run, token)| Some((run?, token))).collect();
+        for sequence in sequences {
+            if let Some(token) = sequence.run.and_then(|run| drawn.remove(&run)) {
+                sequence.see(token, &self.eos);
+            }
         }
         Ok(())
     }
@@ -153,6 +227,7 @@ impl Engine {
     fn share_prefill(&self, sequences: &[&mut Sequence]) -> Vec<usize> {
         let mut left = self.config.max_prefill_tokens;
         let share = |sequence: &&mut Sequence| match sequence.pending() {
+            _ if sequence.ends_unseen() => 0,
             1 => 1,
             pending => {
                 let count = pending.min(left);
@@ -165,6 +240,9 @@ impl Engine {
 
     /// Gives a sequence the blocks for its pending tokens. False where the cache is full.
     pub(crate) fn reserve(&mut self, sequence: &mut Sequence) -> bool {
+        if sequence.ends_unseen() {
+            return true;
+        }
         let tokens = sequence.cached() + sequence.pending();
         self.cache.reserve(&mut sequence.table, tokens)
     }

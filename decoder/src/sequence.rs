@@ -43,6 +43,10 @@ pub(crate) struct Sequence {
     pub table: BlockTable,
     sampler: Sampler,
     pub finish: Option<FinishReason>,
+    /// How many of the last tokens only the device knows.
+    unseen: usize,
+    /// The engine's number for it, from its first pass to its eviction.
+    pub run: Option<u64>,
 }
 
 impl Sequence {
@@ -56,13 +60,22 @@ impl Sequence {
             table: BlockTable::default(),
             sampler: Sampler::new(request.sampling),
             finish: None,
+            unseen: 0,
+            run: None,
             request,
         }
     }
 
-    /// Tokens of the answer so far.
+    /// Tokens of the answer so far, those left out that only the device knows yet.
     pub fn generated(&self) -> u32 {
-        (self.tokens.len() - self.prompt_tokens) as u32
+        (self.tokens.len() - self.prompt_tokens - self.unseen) as u32
+    }
+
+    /// Whether it will have ended when the tokens that only the device knows yet are seen, whichever they are.
+    pub fn ends_unseen(&self) -> bool {
+        let generated = self.generated() + self.unseen as u32;
+        let last = self.request.replay_tokens.unwrap_or(u32::MAX);
+        self.unseen > 0 && generated >= last.min(self.request.max_new_tokens)
     }
 
     /// Tokens of the answer so far that the cache does not hold, the last one left out: that was never computed on.
@@ -99,19 +112,33 @@ impl Sequence {
         (segment, draws.then_some(&mut self.sampler))
     }
 
-    /// After a forward pass over `count` tokens: takes the next token if those were the last.
-    pub fn advance(&mut self, count: usize, token: u32, eos: &[u32]) {
+    /// After a forward pass over `count` tokens was launched: where those were the last, a token follows that has not
+    /// been seen yet and stands as `unseen`. Whether one does.
+    pub fn advance(&mut self, count: usize, unseen: u32) -> bool {
         self.cached += count;
         if self.pending() > 0 {
-            return;
+            return false;
         }
         if self.finish.is_some() {
             // A finished row of a static batch holds its slot until the batch ends: it repeats its last token.
             self.cached -= 1;
-            return;
+            return false;
         }
-        self.tokens.push(token);
+        self.tokens.push(unseen);
+        self.unseen += 1;
+        true
+    }
+
+    /// Takes the first token that has not been seen. What was launched behind the last is forgotten.
+    pub fn see(&mut self, token: u32, eos: &[u32]) {
+        let at = self.tokens.len() - self.unseen;
+        self.tokens[at] = token;
+        self.unseen -= 1;
         self.finish = self.end_after(token, eos);
+        if self.finish.is_some() {
+            self.tokens.truncate(at + 1);
+            self.unseen = 0;
+        }
     }
 
     fn end_after(&self, token: u32, eos: &[u32]) -> Option<FinishReason> {
@@ -126,10 +153,13 @@ impl Sequence {
         }
     }
 
-    /// Forgets what the cache holds; the tokens stay, and are run again. The sampler is the one that stands where this
+    /// Forgets what the cache holds and what has not been seen; the tokens stay, and are run again. The sampler is the one that stands where this
     /// one does, without its memory for a vocabulary.
     pub fn evict(&mut self) -> BlockTable {
         self.cached = 0;
+        self.tokens.truncate(self.tokens.len() - self.unseen);
+        self.unseen = 0;
+        self.run = None;
         self.sampler = Sampler::at(self.request.sampling, u64::from(self.generated()));
         std::mem::take(&mut self.table)
     }

@@ -14,6 +14,8 @@ use rand_chacha::ChaCha8Rng;
 use crate::{Engine, EngineConfig, PredictedRequest, SequenceOutput, SequenceRequest, run_strategy};
 
 mod cancellation;
+#[cfg(feature = "kernel-emulation")]
+mod emulated;
 
 const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,

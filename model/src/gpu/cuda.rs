@@ -44,7 +44,8 @@ pub(crate) struct CudaGpu {
 
 /// Words on their way to page-locked memory: a copy to any other would wait for the stream.
 pub(crate) struct CudaCopy {
-    words: PinnedHostSlice<u32>,
+    /// There until the copy is dropped.
+    words: Option<PinnedHostSlice<u32>>,
     arrived: CudaEvent,
     count: usize,
     /// Where the memory is kept for the next copy.
@@ -64,11 +65,20 @@ impl std::fmt::Debug for CudaCopy {
 impl CudaCopy {
     pub fn wait(self) -> Result<Vec<u32>> {
         self.arrived.synchronize().map_err(Error::wrap)?;
-        let words = self.words.as_slice().map_err(Error::wrap)?[..self.count].to_vec();
-        if let Ok(mut spare) = self.spare.lock() {
-            spare.push(self.words);
+        match &self.words {
+            Some(words) => Ok(words.as_slice().map_err(Error::wrap)?[..self.count].to_vec()),
+            None => bail!("the copy is gone"),
         }
-        Ok(words)
+    }
+}
+
+impl Drop for CudaCopy {
+    /// The memory may be freed or used again only when the device has written it.
+    fn drop(&mut self) {
+        let arrived = self.arrived.synchronize().is_ok();
+        if let (true, Some(words), Ok(mut spare)) = (arrived, self.words.take(), self.spare.lock()) {
+            spare.push(words);
+        }
     }
 }
 
@@ -163,7 +173,7 @@ impl CudaGpu {
         unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(Error::wrap)?;
         let arrived = self.stream.record_event(None).map_err(Error::wrap)?;
         Ok(CudaCopy {
-            words,
+            words: Some(words),
             arrived,
             count,
             spare: self.spare.clone(),
