@@ -34,8 +34,8 @@ const TEXT_SIZE: f64 = 13.0 * 1.24;
 const TITLE_SIZE: f64 = 17.0 * 1.24;
 /// Above the plot: the title, and below it the legend.
 const TITLE_HEIGHT: u32 = 34;
-const LEGEND_HEIGHT: u32 = 26;
-const MARGIN: u32 = 16;
+pub const LEGEND_HEIGHT: u32 = 26;
+pub const MARGIN: u32 = 16;
 
 pub type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 pub type Plot<'a> = ChartContext<
@@ -127,7 +127,7 @@ pub fn chart(frame: &Frame, series: impl FnOnce(&mut Plot) -> Result<()>) -> Res
     })
 }
 
-fn legend(area: &Canvas, entries: &[(String, RGBColor)]) -> Result<()> {
+pub fn legend(area: &Canvas, entries: &[(String, RGBColor)]) -> Result<()> {
     let mut x = MARGIN as i32;
     let y = LEGEND_HEIGHT as i32 / 2;
     for (name, color) in entries {
