@@ -56,6 +56,18 @@ pub struct Axis<'a> {
     pub format: &'a dyn Fn(&f64) -> String,
 }
 
+impl<'a> Axis<'a> {
+    /// A vertical axis from 0 to a round number a little above `most`.
+    pub fn from_zero(label: &'a str, most: f64) -> Self {
+        Self {
+            label,
+            range: 0.0..axis_end(most * 1.02),
+            ticks: 6,
+            format: &number,
+        }
+    }
+}
+
 /// A chart around its series.
 pub struct Frame<'a> {
     /// Its title.

@@ -202,7 +202,7 @@ mod tests {
     fn quantiles_of_a_prediction_are_read_where_they_ascend() -> anyhow::Result<()> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("predictions.jsonl");
-        let mut read = |quantiles: &str| {
+        let read = |quantiles: &str| {
             std::fs::write(
                 &path,
                 format!("{{\"id\": 1, \"max_tokens\": 9, \"quantiles\": {quantiles}}}\n"),
