@@ -9,7 +9,7 @@ use lengthwise_train::files::{LengthRecord, read_lengths};
 use serde::Deserialize;
 
 use crate::inputs::actual_length;
-use crate::predictions::disturb;
+use crate::predictions::{Distributions, disturb};
 
 /// Where the history is, and how its lengths stand to the requests'.
 pub struct History<'a> {
@@ -31,10 +31,20 @@ struct Answered {
 }
 
 impl History<'_> {
-    /// What the planner goes by: the cost model, and this history.
-    pub fn planning(&self, cost: CostModel, cap: u32, seed: u64) -> anyhow::Result<Arc<Planning>> {
+    /// What the planner goes by: the cost model, what is predicted of single requests, and this history.
+    pub fn planning(
+        &self,
+        cost: CostModel,
+        distributions: Distributions,
+        cap: u32,
+        seed: u64,
+    ) -> anyhow::Result<Arc<Planning>> {
         let history = self.read(cap, seed)?;
-        Ok(Arc::new(Planning { cost, history }))
+        Ok(Arc::new(Planning {
+            cost,
+            history,
+            distributions,
+        }))
     }
 
     /// `(predicted, actual)` in tokens, none above `cap`.

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, RequestId};
+use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, Quantile, RequestId};
 use lengthwise_model::{Adapter, LengthHead, LoadedModel};
 use lengthwise_predictor::{
     ConstantPredictor, FallbackPredictor, HeadPredictor, LlmPredictor, Question, RemotePredictor,
@@ -27,7 +27,7 @@ pub struct PredictionArgs {
     /// A length adapter, run in this process on the same weights
     #[arg(long)]
     pub adapter: Option<PathBuf>,
-    /// A JSONL file of {"id", "max_tokens"}
+    /// A JSONL file of {"id", "max_tokens"}, and "quantiles" [{"probability", "tokens"}] where they are known
     #[arg(long)]
     pub predictions: Option<PathBuf>,
     /// Continuous mode: the quantile of a predicted distribution that a request is admitted with; a prediction of one
@@ -103,18 +103,33 @@ pub fn predictor_for(
     }
 }
 
+/// The distributions of single requests' lengths, as far as they are predicted.
+pub type Distributions = HashMap<RequestId, Vec<Quantile>>;
+
+/// The distributions among predictions.
+pub fn distributions<'a>(predicted: impl Iterator<Item = (&'a RequestId, &'a LengthEstimate)>) -> Distributions {
+    let with = predicted.filter(|(_, estimate)| !estimate.quantiles.is_empty());
+    with.map(|(id, estimate)| (id.clone(), estimate.quantiles.clone()))
+        .collect()
+}
+
+/// Predictions of one number each.
+pub fn numbers(lengths: impl IntoIterator<Item = u32>) -> Vec<LengthEstimate> {
+    lengths.into_iter().map(LengthEstimate::of).collect()
+}
+
 /// Predictions of a file; every id must be there.
-pub fn from_file(path: &Path, ids: &[RequestId]) -> anyhow::Result<Vec<u32>> {
+pub fn from_file(path: &Path, ids: &[RequestId]) -> anyhow::Result<Vec<LengthEstimate>> {
     let predictions = read_predictions(path)?;
     look_up(&predictions, ids, path)
 }
 
-/// The lengths of `ids` in a table read from `path`.
-pub fn look_up(table: &HashMap<RequestId, u32>, ids: &[RequestId], path: &Path) -> anyhow::Result<Vec<u32>> {
+/// What a table read from `path` has of `ids`.
+pub fn look_up<T: Clone>(table: &HashMap<RequestId, T>, ids: &[RequestId], path: &Path) -> anyhow::Result<Vec<T>> {
     let one = |id| {
         table
             .get(id)
-            .copied()
+            .cloned()
             .with_context(|| format!("{} has no length for request {id}", path.display()))
     };
     ids.iter().map(one).collect()
@@ -187,7 +202,6 @@ fn parse_probability(text: &str) -> Result<f64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use lengthwise_core::Quantile;
 
     #[test]
     fn the_continuous_mode_admits_by_the_quantile_where_there_is_one() {

@@ -48,9 +48,7 @@ impl<'a> StaticExecutor<'a> {
         let mut parts: Vec<Vec<Sequence>> = Vec::new();
         let mut left = 0;
         for sequence in sequences {
-            let need = sequence
-                .most_tokens(stop_at)
-                .next_multiple_of(lengthwise_model::BLOCK_TOKENS);
+            let need = most_tokens(&sequence, stop_at).next_multiple_of(lengthwise_model::BLOCK_TOKENS);
             if parts.is_empty() || need > left {
                 parts.push(Vec::new());
                 left = self.engine.cache_tokens();
@@ -68,7 +66,7 @@ impl<'a> StaticExecutor<'a> {
         let block = lengthwise_model::BLOCK_TOKENS;
         let need: usize = part
             .iter()
-            .map(|s| s.most_tokens(stop_at).next_multiple_of(block))
+            .map(|s| most_tokens(s, stop_at).next_multiple_of(block))
             .sum();
         let held: usize = part.iter().map(|s| s.table.capacity()).sum();
         if need > held + self.engine.cache.free_tokens() {
@@ -84,14 +82,16 @@ impl<'a> StaticExecutor<'a> {
         loop {
             let mut rows: Vec<&mut Sequence> = part
                 .iter_mut()
-                .filter(|s| s.finish.is_some() || s.generated() < stop_at)
+                .zip(&begun)
+                .filter(|(s, begun)| s.finish.is_some() || s.generated() - **begun < stop_at)
+                .map(|(s, _)| s)
                 .collect();
             if rows.iter().all(|s| s.finish.is_some()) {
                 break;
             }
             for row in &mut rows {
                 if !self.engine.reserve(row) {
-                    let (needed, capacity) = (row.most_tokens(stop_at), self.engine.cache_tokens());
+                    let (needed, capacity) = (most_tokens(row, stop_at), self.engine.cache_tokens());
                     return Err(DecodeError::CacheTooSmall {
                         id: row.request.id.clone(),
                         needed,
@@ -112,6 +112,11 @@ impl<'a> StaticExecutor<'a> {
             slot_steps: u64::from(steps) * part.len() as u64 + recomputed,
         })
     }
+}
+
+/// Most tokens that the cache must hold for a sequence that runs for `stop_at` more steps.
+fn most_tokens(sequence: &Sequence, stop_at: u32) -> usize {
+    sequence.most_tokens(sequence.generated().saturating_add(stop_at))
 }
 
 struct PartRun {
@@ -165,7 +170,7 @@ impl BatchExecutor for StaticExecutor<'_> {
         Ok(run)
     }
 
-    fn resumes(&self) -> bool {
-        true
+    fn kept_tokens(&self) -> usize {
+        self.engine.cache_tokens()
     }
 }

@@ -222,6 +222,7 @@ fn batches_planned_by_cost_give_the_same_answers_also_in_a_cache_too_small() -> 
         let planning = Planning {
             cost,
             history: vec![(10, 8), (60, 20)],
+            distributions: HashMap::new(),
         };
         let config = config(Strategy::SeqSch).planned_by(Some(Arc::new(planning)));
         for cache in [4096, 96] {

@@ -1,10 +1,12 @@
 //! The settings of a schedule.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use lengthwise_core::{Quantile, RequestId};
 use serde::{Deserialize, Serialize};
 
 /// How requests are put together.
@@ -92,6 +94,9 @@ pub struct Planning {
     /// What came of earlier predictions, `(predicted, actual)` in tokens; what a run shows is added. Where there is
     /// little of either, lengths are expected to spread broadly.
     pub history: Vec<(u32, u32)>,
+    /// The distribution of single requests' lengths, ascending, where the predictor gives one; such a request is planned
+    /// by it and not by what came of other predictions.
+    pub distributions: HashMap<RequestId, Vec<Quantile>>,
 }
 
 impl ScheduleConfig {

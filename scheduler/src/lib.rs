@@ -9,11 +9,13 @@ mod planner;
 mod residuals;
 mod simulate;
 mod stats;
+mod timeline;
 
 pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Place, Waiting};
 pub use config::{Planning, ScheduleConfig, Strategy};
 pub use cost::{CostModel, CostPoint};
 pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};
 pub use plan::{Job, PlannedBatch, plan_group};
-pub use simulate::{PROMPT_TOKENS, Simulated, SimulatedRequest, simulate};
+pub use simulate::{Machine, PROMPT_TOKENS, Simulated, SimulatedRequest, simulate};
 pub use stats::{StrategyReport, StrategyRow, StrategyStats};
+pub use timeline::{Spans, Timeline};

@@ -20,7 +20,8 @@ pub struct Job {
 pub struct PlannedBatch {
     /// Its requests.
     pub ids: Vec<RequestId>,
-    /// Tokens after which it stops, whoever has not ended; at least 1.
+    /// Steps after which it stops, whoever has not ended; at least 1. What a request that is resumed had
+    /// before does not count.
     pub stop_at: u32,
 }
 

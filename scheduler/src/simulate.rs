@@ -8,7 +8,7 @@ use lengthwise_core::RequestId;
 
 use crate::{
     AdmissionQueue, BatchExecutor, BatchRun, CostModel, DriverError, Job, Outcome, PlannedBatch, ScheduleConfig,
-    Strategy, StrategyStats, Waiting, driver::check_unique, run_groups,
+    Strategy, StrategyStats, Waiting, driver::check_unique, run_groups, timeline::Timeline,
 };
 
 /// A request whose answer's length is known.
@@ -23,36 +23,49 @@ pub struct SimulatedRequest {
 }
 
 /// What a simulated run came to.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Simulated {
     /// Counted as in a real run.
     pub stats: StrategyStats,
     /// Seconds that the cost model says it takes; 0 without one. Prompts are reckoned at [`PROMPT_TOKENS`] tokens.
     pub seconds: f64,
+    /// What every slot did, where it was asked for.
+    pub timeline: Option<Timeline>,
+}
+
+/// What the simulated decoder is like.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Machine {
+    /// Tells the seconds; the plan follows the config alone.
+    pub clock: Option<CostModel>,
+    /// A request that was stopped goes on from where it was, as with this project's decoder, instead of being recomputed
+    /// from its first token, as published.
+    pub resumes: bool,
+    /// Whether the timeline is wanted: a span or two for every request.
+    pub timeline: bool,
 }
 
 /// Tokens that a prompt is reckoned to have where only lengths of answers are known.
 pub const PROMPT_TOKENS: f64 = 64.0;
 
-/// What the strategy costs on these requests, in the order given. A failure is recomputed from its first token.
-///
-/// - `clock`: tells the seconds; the plan follows the config alone
+/// What the strategy costs on these requests, in the order given.
 ///
 /// # Errors
 /// Two requests have the same id.
 pub fn simulate(
     requests: &[SimulatedRequest],
     config: &ScheduleConfig,
-    clock: Option<CostModel>,
+    machine: Machine,
 ) -> Result<Simulated, DriverError<Infallible>> {
     check_unique(requests.iter().map(|r| &r.id))?;
-    let cap = config.cap();
+    let (cap, clock) = (config.cap(), machine.clock);
+    let mut timeline = machine.timeline.then(Timeline::default);
     let lengths = requests
         .iter()
         .map(|r| (r.id.clone(), r.actual.clamp(1, cap)))
         .collect();
     if config.strategy == Strategy::Continuous {
-        let stats = continuous(requests, &lengths, config);
+        let stats = continuous(requests, &lengths, config, timeline.as_mut());
         let prompts = clock.map_or(0.0, |c| stats.requests as f64 * PROMPT_TOKENS * c.prompt_token);
         let mean = stats.useful_tokens as f64 / stats.requests.max(1) as f64;
         let context = PROMPT_TOKENS + mean / 2.0;
@@ -60,6 +73,7 @@ pub fn simulate(
         return Ok(Simulated {
             stats,
             seconds: stats.steps as f64 * step + prompts,
+            timeline,
         });
     }
     let jobs: Vec<Job> = requests
@@ -71,20 +85,43 @@ pub fn simulate(
         .collect();
     let mut known = KnownLengths {
         lengths,
-        clock,
+        machine,
+        had: HashMap::new(),
+        steps: 0,
         seconds: 0.0,
+        timeline,
     };
     let stats = run_groups(&jobs, config, &mut known)?;
     Ok(Simulated {
         stats,
         seconds: known.seconds,
+        timeline: known.timeline,
     })
 }
 
 struct KnownLengths {
     lengths: HashMap<RequestId, u32>,
-    clock: Option<CostModel>,
+    machine: Machine,
+    /// Tokens of stopped requests that go on from there.
+    had: HashMap<RequestId, u32>,
+    steps: u64,
     seconds: f64,
+    timeline: Option<Timeline>,
+}
+
+impl KnownLengths {
+    /// Counts a run and draws it: the tokens that each row had to do, and whether it ended.
+    fn ran(&mut self, rows: &[(u32, bool)], steps: u32) {
+        if let Some(timeline) = &mut self.timeline {
+            for (slot, &(left, ended)) in rows.iter().enumerate() {
+                match ended || self.machine.resumes {
+                    true => timeline.answered(slot, self.steps, left.min(steps), steps),
+                    false => timeline.threw_away(slot, self.steps, steps),
+                }
+            }
+        }
+        self.steps += u64::from(steps);
+    }
 }
 
 impl BatchExecutor for KnownLengths {
@@ -92,22 +129,40 @@ impl BatchExecutor for KnownLengths {
 
     fn run_batch(&mut self, batch: &PlannedBatch) -> Result<BatchRun, Infallible> {
         let length = |id: &RequestId| self.lengths.get(id).copied().unwrap_or(1);
-        let longest = batch.ids.iter().map(length).max().unwrap_or(0);
+        let had = |id: &RequestId| self.had.get(id).copied().unwrap_or(0);
+        let left: Vec<(u32, bool)> = (batch.ids.iter().map(|id| length(id) - had(id)))
+            .map(|left| (left, left <= batch.stop_at))
+            .collect();
+        let longest = left.iter().map(|(left, _)| *left).max().unwrap_or(0);
         let steps = longest.min(batch.stop_at);
-        if let Some(clock) = self.clock {
-            let (rows, steps) = (batch.ids.len() as f64, f64::from(steps));
-            let prompts = rows * PROMPT_TOKENS * clock.prompt_token;
-            self.seconds += prompts + steps * clock.decode_step(rows, PROMPT_TOKENS + steps / 2.0);
+        if let Some(clock) = self.machine.clock {
+            let rows = batch.ids.len() as f64;
+            let before: f64 = batch.ids.iter().map(|id| f64::from(had(id))).sum();
+            let new = batch.ids.iter().filter(|id| had(id) == 0).count() as f64;
+            let context = PROMPT_TOKENS + before / rows + f64::from(steps) / 2.0;
+            self.seconds += new * PROMPT_TOKENS * clock.prompt_token;
+            self.seconds += f64::from(steps) * clock.decode_step(rows, context);
         }
-        let outcome = |id: &RequestId| match length(id) {
-            tokens if tokens <= batch.stop_at => Outcome::Finished { tokens },
-            _ => Outcome::Stopped,
+        let outcome = |(id, &(_, ended)): (&RequestId, &(u32, bool))| match ended {
+            true => (id.clone(), Outcome::Finished { tokens: length(id) }),
+            false => (id.clone(), Outcome::Stopped),
         };
+        let outcomes: Vec<(RequestId, Outcome)> = batch.ids.iter().zip(&left).map(outcome).collect();
+        self.ran(&left, steps);
+        for (id, outcome) in &outcomes {
+            if self.machine.resumes && *outcome == Outcome::Stopped {
+                *self.had.entry(id.clone()).or_default() += steps;
+            }
+        }
         Ok(BatchRun {
             steps,
             slot_steps: u64::from(steps) * batch.ids.len() as u64,
-            outcomes: batch.ids.iter().map(|id| (id.clone(), outcome(id))).collect(),
+            outcomes,
         })
+    }
+
+    fn kept_tokens(&self) -> usize {
+        if self.machine.resumes { usize::MAX } else { 0 }
     }
 }
 
@@ -116,6 +171,7 @@ fn continuous(
     requests: &[SimulatedRequest],
     lengths: &HashMap<RequestId, u32>,
     config: &ScheduleConfig,
+    mut timeline: Option<&mut Timeline>,
 ) -> StrategyStats {
     let slots = config.batch_size.get();
     let mut queue = AdmissionQueue::new(config.order, slots);
@@ -127,144 +183,34 @@ fn continuous(
         };
         queue.push(waiting).expect("one of at least one slot");
     }
-    let mut ends: BinaryHeap<Reverse<u64>> = BinaryHeap::new();
+    let mut ends: BinaryHeap<Reverse<(u64, usize)>> = BinaryHeap::new();
     let mut stats = StrategyStats::default();
     while !queue.is_empty() {
-        let mut now = 0;
+        let (mut now, mut slot) = (0, ends.len());
         if ends.len() == slots {
             let Reverse(end) = ends.pop().expect("every slot is taken");
             queue.release(1);
-            now = end;
+            (now, slot) = end;
         }
         let next = queue.admit().expect("a slot is free and one waits");
-        let length = u64::from(lengths[&next.id]);
-        ends.push(Reverse(now + length));
+        let length = lengths[&next.id];
+        if let Some(timeline) = &mut timeline {
+            timeline.answered(slot, now, length, length);
+        }
+        ends.push(Reverse((now + u64::from(length), slot)));
         stats.requests += 1;
-        stats.useful_tokens += length;
+        stats.useful_tokens += u64::from(length);
     }
-    stats.steps = ends.into_iter().map(|Reverse(end)| end).max().unwrap_or(0);
+    stats.steps = ends.iter().map(|Reverse((end, _))| *end).max().unwrap_or(0);
     stats.slot_steps = stats.steps * slots as u64;
+    if let Some(timeline) = timeline {
+        let idle = (ends.len()..slots).map(|slot| (0, slot));
+        for (end, slot) in ends.into_iter().map(|Reverse(end)| end).chain(idle) {
+            timeline.answered(slot, end, 0, (stats.steps - end) as u32);
+        }
+    }
     stats
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::Strategy;
-    use proptest::prelude::*;
-    use std::num::NonZeroUsize;
-
-    fn requests(lengths: &[(u32, u32)]) -> Vec<SimulatedRequest> {
-        let request = |(i, &(actual, predicted)): (usize, &(u32, u32))| SimulatedRequest {
-            id: i.to_string().into(),
-            actual,
-            predicted,
-        };
-        lengths.iter().enumerate().map(request).collect()
-    }
-
-    fn config(strategy: Strategy, batch_size: usize) -> ScheduleConfig {
-        ScheduleConfig {
-            batch_size: NonZeroUsize::new(batch_size).expect("not 0"),
-            ..ScheduleConfig::new(strategy)
-        }
-    }
-
-    fn run(lengths: &[(u32, u32)], config: &ScheduleConfig) -> StrategyStats {
-        simulate(&requests(lengths), config, None)
-            .expect("ids are distinct")
-            .stats
-    }
-
-    #[test]
-    fn vanilla_pads_to_the_longest_of_each_batch() {
-        // (10, 30) and (20, 600 cut at 512): 2 × 30 + 2 × 512.
-        let stats = run(&[(10, 0), (30, 0), (20, 0), (600, 0)], &config(Strategy::Vanilla, 2));
-        assert_eq!((stats.steps, stats.slot_steps, stats.useful_tokens), (542, 1084, 572));
-        assert_eq!((stats.requests, stats.failures, stats.wasted_tokens()), (4, 0, 512));
-    }
-
-    #[test]
-    fn sorting_puts_like_lengths_together() {
-        let stats = run(&[(10, 10), (30, 30), (10, 10), (30, 30)], &config(Strategy::SeqSch, 2));
-        assert_eq!((stats.steps, stats.wasted_tokens()), (40, 0));
-    }
-
-    #[test]
-    fn a_failure_is_recomputed_and_its_thrown_away_tokens_count() {
-        // Predicted 20 and 20, actual 5 and 50: the batch stops at 20 (40 slot-steps), then 50 alone.
-        let stats = run(&[(5, 20), (50, 20)], &config(Strategy::SeqSch, 2).with(false, true));
-        assert_eq!((stats.failures, stats.steps, stats.slot_steps), (1, 70, 90));
-        assert_eq!((stats.useful_tokens, stats.wasted_tokens()), (55, 35));
-        assert_eq!(stats.average_length(), 45.0);
-    }
-
-    #[test]
-    fn a_freed_slot_is_refilled_at_once() {
-        // Two slots, longest first: 6 | 5, then 3 after the 5 and 2 after the 6: both end at 8.
-        let lengths = [(2, 2), (6, 6), (3, 3), (5, 5)];
-        let stats = run(&lengths, &config(Strategy::Continuous, 2));
-        assert_eq!((stats.steps, stats.slot_steps, stats.useful_tokens), (8, 16, 16));
-        let order = crate::AdmissionOrder::FirstCome;
-        // 2 | 6, then 3 after the 2 (ends 5), 5 after the 3 (ends 10).
-        let stats = run(
-            &lengths,
-            &ScheduleConfig {
-                order,
-                ..config(Strategy::Continuous, 2)
-            },
-        );
-        assert_eq!(stats.steps, 10);
-    }
-
-    #[test]
-    fn three_slots_take_six_requests_as_slots_fall_free() {
-        // Predicted longest first: 9 8 6 | 4 3 2. The 4 follows the 6 (ends 10), the 3 the 8 (11), the 2 the 9 (11).
-        let lengths = [(2, 2), (9, 9), (4, 4), (8, 8), (3, 3), (6, 6)];
-        let stats = run(&lengths, &config(Strategy::Continuous, 3));
-        assert_eq!((stats.steps, stats.slot_steps, stats.useful_tokens), (11, 33, 32));
-        assert_eq!((stats.requests, stats.failures, stats.wasted_tokens()), (6, 0, 1));
-        // More slots than requests: the idle ones are wasted too.
-        let stats = run(&[(5, 5)], &config(Strategy::Continuous, 3));
-        assert_eq!((stats.slot_steps, stats.wasted_tokens()), (15, 10));
-    }
-
-    #[test]
-    fn an_id_that_occurs_twice_is_an_error_under_every_strategy() {
-        for strategy in Strategy::ALL {
-            let mut twice = requests(&[(10, 10), (20, 20)]);
-            twice[1].id = twice[0].id.clone();
-            let result = simulate(&twice, &config(strategy, 1), None);
-            assert!(matches!(result, Err(DriverError::DuplicateId { .. })), "{strategy}");
-        }
-    }
-
-    #[test]
-    fn no_request_at_all_costs_nothing() {
-        for strategy in Strategy::ALL {
-            assert_eq!(run(&[], &config(strategy, 4)), StrategyStats::default());
-        }
-    }
-
-    proptest! {
-        #[test]
-        fn every_request_once_and_no_answer_cut(
-            lengths in prop::collection::vec((0u32..2000, prop_oneof![Just(0), Just(u32::MAX), 0u32..800]), 0..400),
-            strategy in prop::sample::select(Strategy::ALL.to_vec()),
-            vbs: bool, fcr: bool,
-            batch_size in 1usize..40, group_size in 1usize..300, cap in 1u32..700,
-        ) {
-            let config = ScheduleConfig {
-                group_size: NonZeroUsize::new(group_size).expect("not 0"),
-                max_new_tokens: cap,
-                ..config(strategy, batch_size)
-            }.with(vbs, fcr);
-            let stats = run(&lengths, &config);
-            prop_assert_eq!(stats.requests, lengths.len() as u64);
-            let whole: u64 = lengths.iter().map(|(actual, _)| u64::from((*actual).clamp(1, cap))).sum();
-            prop_assert_eq!(stats.useful_tokens, whole);
-            prop_assert!(stats.slot_steps >= stats.useful_tokens);
-            prop_assert!(fcr || stats.failures == 0);
-        }
-    }
-}
+mod tests;

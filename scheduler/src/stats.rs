@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::ScheduleConfig;
+use crate::{ScheduleConfig, Timeline};
 
 /// Work done and work that was of use, in tokens.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -60,6 +60,7 @@ impl StrategyStats {
             failure_ratio: self.failure_ratio(),
             wasted_tokens: self.wasted_tokens(),
             modelled_seconds: None,
+            timeline: None,
         }
     }
 }
@@ -87,6 +88,9 @@ pub struct StrategyRow {
     /// What a cost model says that a simulated run takes; left out where there is none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub modelled_seconds: Option<f64>,
+    /// What every slot of a simulated run did; left out where it was not asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub timeline: Option<Timeline>,
 }
 
 /// The results of several strategies.

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use lengthwise_core::{LengthPredictor, Prompt, Request, RequestId, SamplingParams};
+use lengthwise_core::{LengthEstimate, LengthPredictor, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceRequest, run_strategy};
 use lengthwise_model::LoadedModel;
 use lengthwise_scheduler::{CostModel, Planning, ScheduleConfig, Strategy, StrategyReport, StrategyRow};
@@ -22,7 +22,8 @@ use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
 use crate::output::{print, print_json};
 use crate::predictions::{
-    PredictionArgs, ask, disturb, from_file, look_up, parse_noise, predictor_for, scheduled_length,
+    Distributions, PredictionArgs, ask, distributions, disturb, from_file, look_up, numbers, parse_noise,
+    predictor_for, scheduled_length,
 };
 use crate::progress::{Bar, rate};
 use crate::table::Table;
@@ -92,12 +93,20 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
     };
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
+        let mut predictor = predictor(args, &model, &workload, strategy)?;
         let began = Instant::now();
-        let predicted = predict(global, args, &model, &workload, strategy)?;
+        let estimates = predict(global, args, predictor.as_mut(), &workload, strategy)?;
         let seconds = began.elapsed().as_secs_f64();
+        // Its cache is not kept beside the decoder's.
+        drop(predictor);
+        let length = |e: &LengthEstimate| scheduled_length(e, strategy, args.predictions.admit_quantile);
+        let predicted: Vec<u32> = estimates.iter().map(length).collect();
         // Only strategies that sort are planned; the others need not read the history.
         let sorting = cost.filter(|_| strategy.sorts());
-        let planning = sorting.map(|cost| planning(global, args, cost, strategy)).transpose()?;
+        let ids = workload.sequences.iter().map(|s| &s.id);
+        let own = distributions(ids.zip(&estimates));
+        let planning = sorting.map(|cost| planning(global, args, cost, own, strategy));
+        let planning = planning.transpose()?;
         for config in args.schedule.configs(strategy, planning.as_ref()) {
             let sequences = &workload.sequences;
             let row = time_strategy(&mut decoder, sequences, &predicted, &config, seconds)?;
@@ -111,7 +120,13 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
 }
 
 /// What the planner goes by for one strategy: the oracle's predictions are not disturbed.
-fn planning(global: &Global, args: &BenchArgs, cost: CostModel, strategy: Strategy) -> anyhow::Result<Arc<Planning>> {
+fn planning(
+    global: &Global,
+    args: &BenchArgs,
+    cost: CostModel,
+    distributions: Distributions,
+    strategy: Strategy,
+) -> anyhow::Result<Arc<Planning>> {
     let noise = args.noise_mae.filter(|_| strategy != Strategy::Oracle);
     let history = History {
         path: args.schedule.history.as_deref(),
@@ -119,7 +134,7 @@ fn planning(global: &Global, args: &BenchArgs, cost: CostModel, strategy: Strate
         noise,
         divide_lengths: args.divide_lengths,
     };
-    history.planning(cost, args.schedule.max_new_tokens, global.seed)
+    history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)
 }
 
 fn workload(global: &Global, args: &BenchArgs, decoder: &LocalDecoder) -> anyhow::Result<Workload> {
@@ -228,43 +243,60 @@ fn random_prompts(
     })
 }
 
-/// The predictions of one strategy; the time they take counts as its own.
-fn predict(
-    global: &Global,
+/// The predictor that one strategy asks; none where its predictions are known. Opened before the clock runs.
+fn predictor(
     args: &BenchArgs,
     model: &LoadedModel,
     workload: &Workload,
     strategy: Strategy,
-) -> anyhow::Result<Vec<u32>> {
+) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
+    let source = &args.predictions;
+    let asks = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
+    let known = match strategy {
+        Strategy::Vanilla => true,
+        Strategy::Oracle if workload.largest.is_some() => true,
+        Strategy::SeqSch | Strategy::Continuous if args.noise_mae.is_some() => true,
+        _ => source.predictions.is_some() || !asks && args.replay.is_some(),
+    };
+    match known || workload.prompts.is_none() {
+        true => Ok(None),
+        false => predictor_for(strategy, source, model, args.schedule.max_new_tokens),
+    }
+}
+
+/// The predictions of one strategy; the time they take counts as its own.
+fn predict(
+    global: &Global,
+    args: &BenchArgs,
+    predictor: Option<&mut Box<dyn LengthPredictor>>,
+    workload: &Workload,
+    strategy: Strategy,
+) -> anyhow::Result<Vec<LengthEstimate>> {
     let cap = args.schedule.max_new_tokens;
     let known = workload.largest.as_ref();
-    let source = &args.predictions;
+    let at_cap = || numbers(vec![cap; workload.sequences.len()]);
+    if let (Some(predictor), Some(prompts)) = (predictor, &workload.prompts) {
+        return ask(predictor.as_mut(), prompts, cap);
+    }
     match (strategy, args.noise_mae) {
-        (Strategy::Vanilla, _) => return Ok(vec![cap; workload.sequences.len()]),
-        (Strategy::Oracle, _) if known.is_some() => return Ok(known.cloned().unwrap_or_default()),
+        (Strategy::Vanilla, _) => return Ok(at_cap()),
+        (Strategy::Oracle, _) if known.is_some() => return Ok(numbers(known.cloned().unwrap_or_default())),
         (Strategy::SeqSch | Strategy::Continuous, Some(mae)) => {
             let known = known.context("--noise-mae disturbs true lengths: give --lengths or --replay")?;
-            return Ok(disturb(known, mae, cap, global.seed));
+            return Ok(numbers(disturb(known, mae, cap, global.seed)));
         }
         _ => {}
     }
-    if let Some(path) = &source.predictions {
+    if let Some(path) = &args.predictions.predictions {
         let ids: Vec<RequestId> = workload.sequences.iter().map(|s| s.id.clone()).collect();
         return from_file(path, &ids);
     }
-    let asks = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
-    if !asks && args.replay.is_some() {
-        return known.cloned().context("--replay has no lengths");
+    let asks = args.predictions.predictor.is_some() || args.predictions.adapter.is_some() || strategy == Strategy::Po;
+    match asks || args.replay.is_none() {
+        // Prompts of random tokens say nothing that could be asked about.
+        true => Ok(at_cap()),
+        false => Ok(numbers(known.cloned().context("--replay has no lengths")?)),
     }
-    let mut predictor: Box<dyn LengthPredictor> =
-        predictor_for(strategy, source, model, cap)?.context("the strategy has no predictor")?;
-    let Some(prompts) = &workload.prompts else {
-        return Ok(vec![cap; workload.sequences.len()]);
-    };
-    Ok(ask(predictor.as_mut(), prompts, cap)?
-        .iter()
-        .map(|e| scheduled_length(e, strategy, source.admit_quantile))
-        .collect())
 }
 
 /// A few requests, so that the first strategy does not pay for cold caches.

@@ -17,7 +17,9 @@ use crate::cost::cost_model;
 use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::print_json;
-use crate::predictions::{PredictionArgs, ask, from_file, predictor_for, scheduled_length};
+use crate::predictions::{
+    Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
+};
 use crate::progress::{Bar, rate};
 
 /// Flags of `generate`.
@@ -70,7 +72,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             args.schedule.batch_size,
             args.cache.engine(),
         )?;
-        let requests = requests(global, args, &waiting, &decoder)?;
+        let (requests, distributions) = requests(global, args, &waiting, &decoder)?;
         if args.schedule.wants_cost(&[args.strategy]) {
             let cost = cost_model(decoder.model(), args.cache.engine())?;
             let history = History {
@@ -79,7 +81,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
                 noise: None,
                 divide_lengths: 1,
             };
-            let planning = history.planning(cost, args.schedule.max_new_tokens, global.seed)?;
+            let planning = history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)?;
             config = schedule(args, Some(&planning))?;
         }
         stats = decode(&config, &waiting, requests, &mut decoder, &mut |id, line| {
@@ -117,13 +119,14 @@ fn answered(lines: &[String]) -> anyhow::Result<HashMap<RequestId, String>> {
     lines.iter().map(id).collect()
 }
 
-/// Tokenised requests with the lengths that they are scheduled by, and the largest length expected of each.
+/// Tokenised requests with the lengths that they are scheduled by, and the largest length expected of each; and the
+/// predicted distributions.
 fn requests(
     global: &Global,
     args: &GenerateArgs,
     records: &[&InstructionRecord],
     decoder: &LocalDecoder,
-) -> anyhow::Result<Vec<(PredictedRequest, u32)>> {
+) -> anyhow::Result<(Vec<(PredictedRequest, u32)>, Distributions)> {
     let cap = args.schedule.max_new_tokens;
     let defaults = decoder.model().sampling;
     let request = |record: &&InstructionRecord| {
@@ -151,17 +154,16 @@ fn requests(
         }
         (None, Some(path)) => {
             let ids: Vec<RequestId> = records.iter().map(|r| r.id.clone()).collect();
-            from_file(path, &ids)?.into_iter().map(LengthEstimate::of).collect()
+            from_file(path, &ids)?
         }
         (None, None) => vec![LengthEstimate::of(cap); records.len()],
     };
-    let both = sequences.into_iter().zip(estimates);
-    Ok(both
-        .map(|(request, estimate)| {
-            let predicted = scheduled_length(&estimate, args.strategy, args.predictions.admit_quantile);
-            (PredictedRequest { request, predicted }, estimate.max_tokens)
-        })
-        .collect())
+    let distributions = distributions(records.iter().map(|r| &r.id).zip(&estimates));
+    let both = sequences.into_iter().zip(estimates).map(|(request, estimate)| {
+        let predicted = scheduled_length(&estimate, args.strategy, args.predictions.admit_quantile);
+        (PredictedRequest { request, predicted }, estimate.max_tokens)
+    });
+    Ok((both.collect(), distributions))
 }
 
 /// The one schedule that the flags ask for.

@@ -4,10 +4,13 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use anyhow::bail;
 use clap::Args;
-use lengthwise_core::RequestId;
+use lengthwise_core::{LengthEstimate, RequestId};
 use lengthwise_decoder::EngineConfig;
-use lengthwise_scheduler::{CostModel, Planning, SimulatedRequest, Strategy, StrategyReport, StrategyRow, simulate};
+use lengthwise_scheduler::{
+    CostModel, Machine, Planning, SimulatedRequest, Strategy, StrategyReport, StrategyRow, simulate,
+};
 use lengthwise_train::files::{LengthRecord, read_lengths};
 
 use crate::args::Global;
@@ -15,7 +18,7 @@ use crate::cost::cost_model;
 use crate::history::History;
 use crate::inputs::{ScheduleArgs, actual_length};
 use crate::output::{print, print_json};
-use crate::predictions;
+use crate::predictions::{Distributions, distributions, disturb, from_file, numbers, parse_noise};
 use crate::table::Table;
 
 /// Flags of `simulate`.
@@ -35,31 +38,54 @@ pub struct SimulateArgs {
     /// Which recorded sample is the one that is generated: t0.0, t0.3, …
     #[arg(long, default_value = "t0.0")]
     actual: String,
-    /// Predictions: a JSONL file of {"id", "max_tokens"} [default: the true largest lengths]
+    /// Predictions: a JSONL file of {"id", "max_tokens", "quantiles"?} [default: the true largest lengths]
     #[arg(long, conflicts_with = "noise_mae")]
     predictions: Option<PathBuf>,
     /// Predictions: the true largest lengths, disturbed to this mean absolute error
-    #[arg(long, value_parser = predictions::parse_noise)]
+    #[arg(long, value_parser = parse_noise)]
     noise_mae: Option<f64>,
+    /// Requests that were stopped go on from where they were, as with generate and bench, instead of being recomputed
+    /// from the first token
+    #[arg(long)]
+    resume: bool,
+    /// Add to --json what every slot did in every step, for the figure that `report` makes of it
+    #[arg(long)]
+    timeline: bool,
 }
+
+/// Requests that a figure of the slots can show.
+const MOST_DRAWN: usize = 1000;
 
 pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
     let mut records = read_lengths(&args.lengths)?;
     records.truncate(args.num.map_or(usize::MAX, NonZeroUsize::get));
+    if args.timeline && records.len() > MOST_DRAWN {
+        let got = records.len();
+        bail!("--timeline is for at most {MOST_DRAWN} requests, there are {got}: give --num");
+    }
     let cost = match args.schedule.wants_cost(&args.strategy) {
         true => Some(cost_model(&global.open_model()?, EngineConfig::default())?),
         false => None,
     };
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
-        let requests = requests(global, args, &records, strategy)?;
+        let estimates = estimates(global, args, &records, strategy)?;
+        let requests = requests(args, &records, &estimates)?;
         // Only strategies that sort are planned; the others need not read the history.
         let sorting = cost.filter(|_| strategy.sorts());
-        let planning = sorting.map(|cost| planning(global, args, cost, strategy)).transpose()?;
+        let own = distributions(records.iter().map(|r| &r.id).zip(&estimates));
+        let planning = sorting.map(|cost| planning(global, args, cost, own, strategy));
+        let planning = planning.transpose()?;
         for config in args.schedule.configs(strategy, planning.as_ref()) {
-            let simulated = simulate(&requests, &config, cost)?;
+            let machine = Machine {
+                clock: cost,
+                resumes: args.resume,
+                timeline: args.timeline,
+            };
+            let simulated = simulate(&requests, &config, machine)?;
             report.strategies.push(StrategyRow {
                 modelled_seconds: cost.map(|_| simulated.seconds),
+                timeline: simulated.timeline,
                 ..simulated.stats.row(&config, None)
             });
         }
@@ -75,6 +101,7 @@ fn planning(
     global: &Global,
     args: &SimulateArgs,
     cost: CostModel,
+    distributions: Distributions,
     strategy: Strategy,
 ) -> anyhow::Result<Arc<Planning>> {
     let noise = args.noise_mae.filter(|_| strategy != Strategy::Oracle);
@@ -84,36 +111,43 @@ fn planning(
         noise,
         divide_lengths: 1,
     };
-    history.planning(cost, args.schedule.max_new_tokens, global.seed)
+    history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)
 }
 
-fn requests(
+fn estimates(
     global: &Global,
     args: &SimulateArgs,
     records: &[LengthRecord],
     strategy: Strategy,
-) -> anyhow::Result<Vec<SimulatedRequest>> {
+) -> anyhow::Result<Vec<LengthEstimate>> {
     let cap = args.schedule.max_new_tokens;
     let largest: Vec<u32> = records.iter().map(|r| r.largest().min(cap)).collect();
-    let predicted = match (strategy, &args.predictions, args.noise_mae) {
+    Ok(match (strategy, &args.predictions, args.noise_mae) {
         // The oracle knows, whatever the others are told.
-        (Strategy::Oracle | Strategy::Vanilla, _, _) => largest,
+        (Strategy::Oracle | Strategy::Vanilla, _, _) => numbers(largest),
         (_, None, None) => {
             tracing::info!("{strategy}: no predictions are given, so the true largest lengths are used");
-            largest
+            numbers(largest)
         }
         (_, Some(path), _) => {
             let ids: Vec<RequestId> = records.iter().map(|r| r.id.clone()).collect();
-            predictions::from_file(path, &ids)?
+            from_file(path, &ids)?
         }
-        (_, None, Some(mae)) => predictions::disturb(&largest, mae, cap, global.seed),
-    };
-    let request = |(record, predicted): (&LengthRecord, u32)| {
+        (_, None, Some(mae)) => numbers(disturb(&largest, mae, cap, global.seed)),
+    })
+}
+
+fn requests(
+    args: &SimulateArgs,
+    records: &[LengthRecord],
+    estimates: &[LengthEstimate],
+) -> anyhow::Result<Vec<SimulatedRequest>> {
+    let request = |(record, estimate): (&LengthRecord, &LengthEstimate)| {
         Ok(SimulatedRequest {
             id: record.id.clone(),
             actual: actual_length(record, &args.actual)?,
-            predicted,
+            predicted: estimate.max_tokens,
         })
     };
-    records.iter().zip(predicted).map(request).collect()
+    records.iter().zip(estimates).map(request).collect()
 }

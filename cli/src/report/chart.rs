@@ -34,8 +34,8 @@ const TEXT_SIZE: f64 = 13.0 * 1.24;
 const TITLE_SIZE: f64 = 17.0 * 1.24;
 /// Above the plot: the title, and below it the legend.
 const TITLE_HEIGHT: u32 = 34;
-const LEGEND_HEIGHT: u32 = 26;
-const MARGIN: u32 = 16;
+pub const LEGEND_HEIGHT: u32 = 26;
+pub const MARGIN: u32 = 16;
 
 pub type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 pub type Plot<'a> = ChartContext<
@@ -54,6 +54,18 @@ pub struct Axis<'a> {
     pub ticks: usize,
     /// A tick's text.
     pub format: &'a dyn Fn(&f64) -> String,
+}
+
+impl<'a> Axis<'a> {
+    /// A vertical axis from 0 to a round number a little above `most`.
+    pub fn from_zero(label: &'a str, most: f64) -> Self {
+        Self {
+            label,
+            range: 0.0..axis_end(most * 1.02),
+            ticks: 6,
+            format: &number,
+        }
+    }
 }
 
 /// A chart around its series.
@@ -127,7 +139,7 @@ pub fn chart(frame: &Frame, series: impl FnOnce(&mut Plot) -> Result<()>) -> Res
     })
 }
 
-fn legend(area: &Canvas, entries: &[(String, RGBColor)]) -> Result<()> {
+pub fn legend(area: &Canvas, entries: &[(String, RGBColor)]) -> Result<()> {
     let mut x = MARGIN as i32;
     let y = LEGEND_HEIGHT as i32 / 2;
     for (name, color) in entries {

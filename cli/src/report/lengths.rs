@@ -128,13 +128,8 @@ fn columns(
     marks: &[(f64, RGBColor)],
 ) -> Result<String> {
     let most = counts.iter().map(|bar| bar.2).fold(0.0, f64::max);
-    let top = axis_end(most * 1.02);
-    let y = Axis {
-        label: y_label,
-        range: 0.0..top,
-        ticks: 6,
-        format: &number,
-    };
+    let y = Axis::from_zero(y_label, most);
+    let top = y.range.end;
     chart(
         &Frame {
             title,

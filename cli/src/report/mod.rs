@@ -6,6 +6,7 @@ mod data;
 mod lengths;
 mod page;
 mod speed;
+mod timeline;
 
 use anyhow::Result;
 
@@ -31,6 +32,7 @@ pub struct Figure {
 /// The drawing library failed.
 pub fn figures(data: &ReportData) -> Result<Vec<Figure>> {
     let mut figures = bars::figures(&data.strategies)?;
+    figures.extend(timeline::timelines(&data.strategies)?);
     if !data.throughput.is_empty() {
         figures.push(speed::throughput(&data.throughput)?);
     }

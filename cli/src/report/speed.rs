@@ -4,7 +4,7 @@ use anyhow::Result;
 use plotters::prelude::*;
 
 use super::Figure;
-use super::chart::{Axis, Frame, Plot, axis_end, chart, failed, number, series_color};
+use super::chart::{Axis, Frame, Plot, chart, failed, number, series_color};
 use super::data::{StepTime, ThroughputPoint};
 
 const HEIGHT: u32 = 400;
@@ -101,12 +101,7 @@ fn draw(title: &str, x: Axis, y_label: &str, lines: &[Line]) -> Result<String> {
         .flat_map(|(_, points)| points)
         .map(|p| p.1)
         .fold(0.0, f64::max);
-    let y = Axis {
-        label: y_label,
-        range: 0.0..axis_end(most * 1.02),
-        ticks: 6,
-        format: &number,
-    };
+    let y = Axis::from_zero(y_label, most);
     chart(
         &Frame {
             title,

@@ -173,6 +173,23 @@ fn an_operation_looks_at_few_of_a_hundred_thousand_requests() {
 }
 
 #[test]
+fn a_simulation_of_a_hundred_thousand_requests_compares_few_of_them() {
+    let request = |i: u32| crate::SimulatedRequest {
+        id: i.to_string().into(),
+        actual: 1 + i * 7919 % 512,
+        predicted: 1 + i * 104_729 % 512,
+    };
+    let requests: Vec<_> = (0..100_000).map(request).collect();
+    let config = crate::ScheduleConfig::new(crate::Strategy::Continuous);
+    COMPARISONS.with(|c| c.set(0));
+    let ran = crate::simulate(&requests, &config, crate::Machine::default()).expect("ids are distinct");
+    assert_eq!(ran.stats.requests, 100_000);
+    // Each is put in and taken out, and looked at once before; see above for the rest.
+    let compared = COMPARISONS.with(std::cell::Cell::get);
+    assert!((100_000..100_000 * 3 * 2 * 11 * 7).contains(&compared), "{compared}");
+}
+
+#[test]
 fn a_cancelled_request_is_not_admitted_and_holds_nothing() {
     let mut queue = AdmissionQueue::new(AdmissionOrder::FirstCome, 10);
     let places: Vec<Place> = [6, 6, 4]

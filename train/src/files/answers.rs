@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use lengthwise_core::{FinishReason, RequestId, Response};
+use lengthwise_core::{FinishReason, LengthEstimate, Quantile, RequestId, Response};
 use serde::Serialize;
 use serde_json::json;
 
@@ -84,11 +84,12 @@ pub fn prediction_line(id: &RequestId, max_tokens: u32) -> String {
     json!({"id": id, "max_tokens": max_tokens}).to_string() + "\n"
 }
 
-/// Reads predictions: `{"id", "max_tokens"}` line by line.
+/// Reads predictions: `{"id", "max_tokens", "quantiles"?}` line by line, the quantiles ascending as
+/// `[{"probability", "tokens"}]`.
 ///
 /// # Errors
 /// The file is missing, empty or malformed, or an id was used before.
-pub fn read_predictions(path: &Path) -> Result<HashMap<RequestId, u32>, FileError> {
+pub fn read_predictions(path: &Path) -> Result<HashMap<RequestId, LengthEstimate>, FileError> {
     let records = Records::read(path)?;
     let mut seen = SeenIds::default();
     let mut predictions = HashMap::with_capacity(records.records.len());
@@ -97,10 +98,30 @@ pub fn read_predictions(path: &Path) -> Result<HashMap<RequestId, u32>, FileErro
         let tokens = record.value.get("max_tokens").and_then(serde_json::Value::as_u64);
         let tokens = tokens.and_then(|n| u32::try_from(n).ok());
         let tokens = tokens.ok_or_else(|| records.bad(record, "\"max_tokens\" is not a number of tokens"))?;
+        let quantiles = quantiles(&record.value).map_err(|reason| records.bad(record, reason))?;
         seen.add(&records, record, &id)?;
-        predictions.insert(id, tokens);
+        let estimate = LengthEstimate {
+            quantiles,
+            ..LengthEstimate::of(tokens)
+        };
+        predictions.insert(id, estimate);
     }
     Ok(predictions)
+}
+
+/// The quantiles of a record; none where it has none.
+fn quantiles(record: &serde_json::Value) -> Result<Vec<Quantile>, &'static str> {
+    let Some(value) = record.get("quantiles") else {
+        return Ok(Vec::new());
+    };
+    let quantiles: Vec<Quantile> = serde::Deserialize::deserialize(value)
+        .map_err(|_| "\"quantiles\" is not a list of {\"probability\", \"tokens\"}")?;
+    let ascend = |q: &[Quantile]| q[0].probability < q[1].probability && q[0].tokens <= q[1].tokens;
+    let within = |q: &Quantile| (0.0..=1.0).contains(&q.probability);
+    match quantiles.windows(2).all(ascend) && quantiles.iter().all(within) {
+        true => Ok(quantiles),
+        false => Err("\"quantiles\" do not ascend within 0 and 1"),
+    }
 }
 
 #[cfg(test)]
@@ -163,13 +184,44 @@ mod tests {
             prediction_line(&"a".into(), 150) + "{\"id\": 2, \"max_tokens\": 50}\n",
         )?;
         let got = read_predictions(&path)?;
-        assert_eq!((got[&"a".into()], got[&"2".into()], got.len()), (150, 50, 2));
+        let want = [
+            ("a".into(), LengthEstimate::of(150)),
+            ("2".into(), LengthEstimate::of(50)),
+        ];
+        assert_eq!(got, HashMap::from(want));
         std::fs::write(&path, "{\"id\": 2, \"max_tokens\": -1}\n")?;
         let err = read_predictions(&path).expect_err("negative").to_string();
         assert!(
             err.contains("line 1: \"max_tokens\" is not a number of tokens"),
             "{err}"
         );
+        Ok(())
+    }
+
+    #[test]
+    fn quantiles_of_a_prediction_are_read_where_they_ascend() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("predictions.jsonl");
+        let read = |quantiles: &str| {
+            std::fs::write(
+                &path,
+                format!("{{\"id\": 1, \"max_tokens\": 9, \"quantiles\": {quantiles}}}\n"),
+            )?;
+            anyhow::Ok(read_predictions(&path)?[&"1".into()].quantiles.clone())
+        };
+        let got = read("[{\"probability\": 0.5, \"tokens\": 4}, {\"probability\": 0.9, \"tokens\": 4}]")?;
+        assert_eq!(
+            got.iter().map(|q| (q.probability, q.tokens)).collect::<Vec<_>>(),
+            [(0.5, 4), (0.9, 4)]
+        );
+        for bad in [
+            "[{\"probability\": 0.5, \"tokens\": 4}, {\"probability\": 0.5, \"tokens\": 5}]",
+            "[{\"probability\": 1.5, \"tokens\": 4}]",
+            "[4]",
+        ] {
+            let err = read(bad).expect_err(bad).to_string();
+            assert!(err.contains("line 1: \"quantiles\""), "{err}");
+        }
         Ok(())
     }
 }

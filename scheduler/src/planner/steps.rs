@@ -1,0 +1,121 @@
+//! What a batch of each size costs.
+
+use super::outlook::Sums;
+use crate::CostModel;
+use crate::residuals::GRID;
+use crate::simulate::PROMPT_TOKENS;
+
+/// Batch sizes that are tried; all of them would cost ten times the planning and save little.
+const SIZES: [usize; 16] = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256];
+/// Points of the grid that are reckoned together.
+const CHUNK: usize = 8;
+/// A batch of which so few are expected to run on has ended.
+const NOBODY: f64 = 1e-3;
+
+/// The costs of all sizes.
+pub(super) struct StepCosts(Vec<SizeCosts>);
+
+/// The costs of a batch of one size.
+pub(super) struct SizeCosts {
+    pub size: usize,
+    prompts: f64,
+    /// Seconds from each point of the grid to the next, if nothing was done before.
+    cells: [f64; GRID],
+    /// Seconds of a cell for each token that all have done before.
+    per_done: f64,
+    width: f64,
+}
+
+impl StepCosts {
+    /// `width`: tokens from one point of the grid to the next.
+    pub fn of(cost: &CostModel, width: f64) -> Self {
+        let of_size = |size: usize| {
+            let rows = size as f64;
+            let cell = |g: usize| width * cost.decode_step(rows, PROMPT_TOKENS + (g as f64 + 0.5) * width);
+            SizeCosts {
+                size,
+                prompts: rows * cost.prompt_token * PROMPT_TOKENS,
+                cells: std::array::from_fn(cell),
+                per_done: width * cost.cached_token,
+                width,
+            }
+        };
+        Self(SIZES.map(of_size).into())
+    }
+
+    /// Those of at most so many requests, `first` before the others.
+    pub fn up_to(&self, requests: usize, first: usize) -> impl Iterator<Item = &SizeCosts> {
+        let fit = || self.0.iter().take_while(move |costs| costs.size <= requests);
+        let others = fit().filter(move |costs| costs.size != first);
+        fit().filter(move |costs| costs.size == first).chain(others)
+    }
+}
+
+impl SizeCosts {
+    /// Expected seconds of a batch of the last `size` requests before `end`, what it leaves undone included, and where it
+    /// had best stop on the grid. `None` where that is not below `bound`, or where it would hold more than `room` tokens.
+    pub fn batch(&self, sums: &Sums, end: usize, room: f64, may_stop: bool, bound: f64) -> Option<(f64, usize)> {
+        let first = end - self.size;
+        let (ended, ended_before) = (&sums.ended[end], &sums.ended[first]);
+        let (failures, failures_before) = (&sums.failures[end], &sums.failures[first]);
+        let done = sums.done[end] - sums.done[first];
+        let per_cell = done * self.per_done;
+        let room = ((room - done) / self.size as f64).max(self.width);
+        let mut seconds = self.prompts;
+        let mut before = 1.0;
+        let mut best = (bound, GRID);
+        let mut running = [1.0; CHUNK];
+        for g in 0..GRID {
+            if g % CHUNK == 0 {
+                // The share of batches that run on after each point: a few in one loop, which is vectorised.
+                for (i, share) in running.iter_mut().enumerate() {
+                    *share = 1.0 - exp(ended[g + i] - ended_before[g + i]);
+                }
+            }
+            seconds += before * (self.cells[g] + per_cell);
+            before = running[g % CHUNK];
+            // What is spent already is no longer below what is known to do.
+            if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
+                break;
+            }
+            let over = before < NOBODY || g == GRID - 1;
+            let whole = seconds + (failures[g] - failures_before[g]);
+            // Of stops that cost the same the latest: it leaves less to the model of failures.
+            if whole <= best.0 && (may_stop || over) {
+                best = (whole, if may_stop { g } else { GRID - 1 });
+            }
+            if over {
+                break;
+            }
+        }
+        (best.0 < bound).then_some(best)
+    }
+}
+
+/// `e^x` for x up to 0, within a millionth; 0 below -14. Without a call, so that a loop over it is vectorised: most of
+/// the planning's time goes in here.
+fn exp(x: f64) -> f64 {
+    // Adding and taking away 1.5 × 2^52 rounds to a whole number, whose low bits then are those of the sum.
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    let power = x.max(-700.0) * std::f64::consts::LOG2_E;
+    let rounded = power + ROUND;
+    let x = (power - (rounded - ROUND)) * std::f64::consts::LN_2;
+    // |x| is at most ln 2 / 2: the next term of the series is below 4e-7 of the whole.
+    let part = 1.0 + x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x / 720.0)))));
+    let scale = f64::from_bits((rounded.to_bits() << 52).wrapping_add(1023 << 52));
+    if power < -20.2 { 0.0 } else { part * scale }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn the_exponential_is_right_to_a_millionth_and_zero_far_below() {
+        for i in 0..14_000 {
+            let x = -f64::from(i) / 1000.0;
+            assert!((exp(x) / x.exp() - 1.0).abs() < 1e-6, "at {x}: {}", exp(x));
+        }
+        assert_eq!([0.0, -15.0, -1e9, f64::NEG_INFINITY].map(exp), [1.0, 0.0, 0.0, 0.0]);
+    }
+}
