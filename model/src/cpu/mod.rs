@@ -5,8 +5,11 @@
 
 mod attention;
 mod cache;
+mod columns;
 mod matrix;
 mod panel;
+mod quantized;
+mod registers;
 mod workspace;
 
 pub(crate) use attention::{Span, attend};

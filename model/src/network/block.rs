@@ -29,7 +29,7 @@ impl Block {
                 config.attention_bias && matches!(kind, LinearKind::QProj | LinearKind::KProj | LinearKind::VProj);
             let bias = format!("model.layers.{layer}.{}.bias", kind.path());
             Ok::<_, ModelError>(Linear {
-                weight: Weight::new(weights.get(&at(&kind.path()), &[out, input])?)?,
+                weight: Weight::load(weights, &at(&kind.path()), [out, input])?,
                 bias: has_bias.then(|| weights.get(&bias, &[out])).transpose()?,
             })
         };
