@@ -2,7 +2,7 @@
 
 use candle_core::Device;
 use clap::{Args, Parser};
-use lengthwise_model::{DTypeChoice, LoadedModel, TINY};
+use lengthwise_model::{DTypeChoice, LoadedModel, Precision, Quantization, TINY};
 
 use crate::commands::Command;
 use crate::device::{self, DeviceChoice};
@@ -63,7 +63,29 @@ impl Global {
 
     /// The model asked for.
     pub fn open_model(&self) -> anyhow::Result<LoadedModel> {
-        let mut bars = OpeningBars::new();
-        Ok(LoadedModel::open(&self.model, self.dtype, &self.device()?, &mut bars)?)
+        self.open_quantized(QuantizeArgs::default())
     }
+
+    /// The model asked for, with weights of fewer bits where that is asked for too.
+    pub fn open_quantized(&self, weights: QuantizeArgs) -> anyhow::Result<LoadedModel> {
+        let mut bars = OpeningBars::new();
+        let precision = Precision {
+            dtype: self.dtype,
+            quantization: weights.quantize,
+        };
+        Ok(LoadedModel::open(&self.model, precision, &self.device()?, &mut bars)?)
+    }
+}
+
+/// For the commands that run a model and do not train it.
+#[derive(Args, Clone, Copy, Default)]
+pub struct QuantizeArgs {
+    /// q8_0: weights of the linear layers and the head in 8 bits, rounded while loading; on the CPU, about a quarter of the
+    /// memory
+    #[arg(long, value_parser = parse_quantization)]
+    pub quantize: Option<Quantization>,
+}
+
+fn parse_quantization(text: &str) -> Result<Quantization, String> {
+    text.parse()
 }

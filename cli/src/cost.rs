@@ -95,10 +95,11 @@ fn path(model: &LoadedModel) -> Option<PathBuf> {
     let network = &model.network;
     let threads = std::env::var("RAYON_NUM_THREADS").unwrap_or_default();
     let what = format!(
-        "{:?} {:?} {:?} {threads} {}",
+        "{:?} {:?} {:?} {:?} {threads} {}",
         network.config(),
         network.device().location(),
         network.dtype(),
+        network.quantization(),
         env!("CARGO_PKG_VERSION")
     );
     // SipHash with fixed keys: the same name in every run.

@@ -70,6 +70,16 @@ pub enum ModelError {
         /// The dtype found.
         dtype: String,
     },
+    /// Quantised weights on a device or in a dtype that has no kernel for them.
+    #[error(
+        "quantised weights run on the cpu in f32, not on {device} in {dtype}: leave --quantize, --device or --dtype out"
+    )]
+    QuantizationUnsupported {
+        /// The device asked for.
+        device: String,
+        /// The dtype that everything else would have.
+        dtype: String,
+    },
     /// A tensor holds NaN or infinity.
     #[error("tensor {name} holds a value that is not finite: the file is damaged, or the dtype too narrow for it")]
     NonFiniteTensor {

@@ -8,6 +8,7 @@ mod linear;
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
 mod parts;
 mod pass;
+mod products;
 mod rope_scaling;
 #[cfg(test)]
 mod tests;
@@ -21,13 +22,14 @@ use crate::cpu::Scratch;
 use crate::kv_cache::{KvCache, Store};
 use crate::lora::{Adapter, Dropout, LinearKind};
 use crate::ops::{self, RopeTable};
-use crate::{ModelConfig, ModelError, OpenProgress, Weights};
+use crate::{ModelConfig, ModelError, OpenProgress, Quantization, Weights};
 
 use block::Block;
 pub use draw::{Flight, drawn_token};
 use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
+pub use products::ProductTiming;
 pub use train_pass::{GradientSink, TrainPass};
 
 /// A Llama-style decoder-only transformer.
@@ -66,8 +68,8 @@ impl Llama {
         progress.loaded(0, parts);
         let embed_tokens = weights.get("model.embed_tokens.weight", &[vocab, hidden])?;
         let lm_head = match config.tie_word_embeddings {
-            true => Weight::new(embed_tokens.clone())?,
-            false => Weight::new(weights.get("lm_head.weight", &[vocab, hidden])?)?,
+            true => Weight::new(embed_tokens.clone())?.quantized(weights.quantization()),
+            false => Weight::load(weights, "lm_head.weight", [vocab, hidden])?,
         };
         progress.loaded(1, parts);
         let block = |layer| {
@@ -101,6 +103,18 @@ impl Llama {
     /// The dtype of the weights.
     pub fn dtype(&self) -> DType {
         self.embed_tokens.dtype()
+    }
+
+    /// How the weights of the linear layers and of the head are stored, where that is not the dtype.
+    pub fn quantization(&self) -> Option<Quantization> {
+        let quantized = self.lm_head.packed().is_some_and(|w| w.is_quantized());
+        quantized.then_some(Quantization::Q8_0)
+    }
+
+    /// Bytes of the linear layers' and the head's weights, which a decode step reads.
+    pub fn linear_bytes(&self) -> usize {
+        let layers = self.blocks.iter().flat_map(|b| &b.linears);
+        layers.map(|l| l.weight.bytes()).sum::<usize>() + self.lm_head.bytes()
     }
 
     /// Whether the CPU path runs it: frozen f32 weights in main memory.

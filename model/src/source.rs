@@ -3,43 +3,16 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{DType, Device};
+use candle_core::Device;
 use lengthwise_core::SamplingParams;
 
 use crate::{
-    Hub, HubConfig, HubId, Llama, ModelConfig, ModelError, ModelTokenizer, OpenProgress, PromptTemplate, Weights,
+    Hub, HubConfig, HubId, Llama, ModelConfig, ModelError, ModelTokenizer, OpenProgress, Precision, PromptTemplate,
+    Weights,
 };
 
 /// The name of the bundled model.
 pub const TINY: &str = "tiny";
-
-/// The dtype that weights are run in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum DTypeChoice {
-    /// f32 on the CPU, where narrower types are emulated; elsewhere the checkpoint's own.
-    #[default]
-    Auto,
-    /// 32 bits.
-    F32,
-    /// 16 bits with the exponent of f32.
-    Bf16,
-    /// 16 bits.
-    F16,
-}
-
-impl DTypeChoice {
-    fn resolve(self, config: &ModelConfig, device: &Device) -> DType {
-        match (self, config.dtype.as_deref()) {
-            (Self::F32, _) => DType::F32,
-            (Self::Bf16, _) => DType::BF16,
-            (Self::F16, _) => DType::F16,
-            (Self::Auto, _) if device.is_cpu() => DType::F32,
-            (Self::Auto, Some("float32")) => DType::F32,
-            (Self::Auto, Some("float16")) => DType::F16,
-            (Self::Auto, _) => DType::BF16,
-        }
-    }
-}
 
 /// A model with all that belongs to it.
 #[derive(Debug, Clone)]
@@ -61,10 +34,10 @@ impl LoadedModel {
     /// its cache where it is not there yet, or [`TINY`], the bundled model.
     ///
     /// # Errors
-    /// It is not there and cannot be fetched, or a file of it is damaged.
+    /// It is not there and cannot be fetched, a file of it is damaged, or the device does not run that precision.
     pub fn open(
         spec: &str,
-        dtype: DTypeChoice,
+        precision: impl Into<Precision>,
         device: &Device,
         progress: &mut dyn OpenProgress,
     ) -> Result<Self, ModelError> {
@@ -73,7 +46,9 @@ impl LoadedModel {
         let tokenizer = ModelTokenizer::from_folder(&folder, &config)?;
         let template = PromptTemplate::from_folder(&folder)?;
         let sampling = crate::generation::sampling(&folder)?;
-        let weights = Weights::open(&folder, dtype.resolve(&config, device), device)?;
+        let precision = precision.into();
+        let dtype = precision.dtype.resolve(&config, device);
+        let weights = Weights::open(&folder, dtype, device)?.quantized(precision.quantization)?;
         Ok(Self {
             name: spec.to_owned(),
             network: Arc::new(Llama::load(&config, &weights, progress)?),
@@ -136,7 +111,10 @@ fn bundled() -> Result<PathBuf, ModelError> {
 
 #[cfg(test)]
 mod tests {
+    use candle_core::DType;
+
     use super::*;
+    use crate::DTypeChoice;
 
     #[test]
     fn what_is_not_there_says_what_to_do() -> anyhow::Result<()> {
@@ -197,12 +175,5 @@ mod tests {
             );
         }
         Ok(())
-    }
-
-    #[test]
-    fn auto_is_the_widest_on_the_cpu_and_a_named_dtype_is_obeyed() {
-        let config = crate::testing::config();
-        assert_eq!(DTypeChoice::Auto.resolve(&config, &Device::Cpu), DType::F32);
-        assert_eq!(DTypeChoice::F16.resolve(&config, &Device::Cpu), DType::F16);
     }
 }

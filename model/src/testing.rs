@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::config::RopeScaling;
-use crate::{Llama, ModelConfig, Weights};
+use crate::{Llama, ModelConfig, Quantization, Weights};
 
 /// A very small Llama with grouped heads.
 pub fn config() -> ModelConfig {
@@ -34,6 +34,16 @@ pub fn config() -> ModelConfig {
 
 /// Random weights for [`config`].
 pub fn network(config: &ModelConfig) -> anyhow::Result<Llama> {
+    Ok(Llama::new(config, &weights(config)?)?)
+}
+
+/// [`network`] with 8-bit weights.
+pub fn quantized(config: &ModelConfig) -> anyhow::Result<Llama> {
+    let weights = weights(config)?.quantized(Some(Quantization::Q8_0))?;
+    Ok(Llama::new(config, &weights)?)
+}
+
+fn weights(config: &ModelConfig) -> anyhow::Result<Weights> {
     let random = |shape: &[usize], seed| -> Result<Tensor> { crate::ops::testing::random(shape, seed)? * 0.4 };
     let mut tensors = HashMap::new();
     let h = config.hidden_size;
@@ -70,8 +80,5 @@ pub fn network(config: &ModelConfig) -> anyhow::Result<Llama> {
             tensors.insert(at(&format!("{norm}.weight")), weight);
         }
     }
-    Ok(Llama::new(
-        config,
-        &Weights::from_tensors(tensors, DType::F32, &Device::Cpu),
-    )?)
+    Ok(Weights::from_tensors(tensors, DType::F32, &Device::Cpu))
 }

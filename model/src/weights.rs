@@ -10,7 +10,7 @@ use candle_core::safetensors::BufferedSafetensors;
 use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 
-use crate::ModelError;
+use crate::{ModelError, Quantization};
 use mapped::Mapped;
 use pickled::Pickled;
 
@@ -19,6 +19,7 @@ pub struct Weights {
     source: Source,
     dtype: DType,
     device: Device,
+    quantization: Option<Quantization>,
 }
 
 enum Source {
@@ -55,6 +56,7 @@ impl Weights {
             source,
             dtype,
             device: device.clone(),
+            quantization: None,
         })
     }
 
@@ -64,6 +66,7 @@ impl Weights {
             source: Source::Memory(tensors),
             dtype,
             device: device.clone(),
+            quantization: None,
         }
     }
 
@@ -80,7 +83,28 @@ impl Weights {
             source: Source::Buffer(buffer),
             dtype,
             device: device.clone(),
+            quantization: None,
         })
+    }
+
+    /// The same weights, those of the linear layers and of the head to be stored in fewer bits.
+    ///
+    /// # Errors
+    /// They are to run on a device or in a dtype that has no kernel for it.
+    pub fn quantized(self, quantization: Option<Quantization>) -> Result<Self, ModelError> {
+        if quantization.is_some() && !(self.device.is_cpu() && self.dtype == DType::F32) {
+            let device = if self.device.is_cpu() { "cpu" } else { "a GPU" };
+            return Err(ModelError::QuantizationUnsupported {
+                device: device.to_owned(),
+                dtype: self.dtype.as_str().to_owned(),
+            });
+        }
+        Ok(Self { quantization, ..self })
+    }
+
+    /// How the weights of linear layers are to be stored.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantization
     }
 
     /// Whether there is a tensor `name`.

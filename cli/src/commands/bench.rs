@@ -16,7 +16,7 @@ use lengthwise_train::files::{InstructionRecord, LengthRecord, read_instructions
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::args::Global;
+use crate::args::{Global, QuantizeArgs};
 use crate::cost::cost_model;
 use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
@@ -68,6 +68,8 @@ pub struct BenchArgs {
     export_workload: Option<PathBuf>,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    weights: QuantizeArgs,
 }
 
 /// The requests of a run.
@@ -80,7 +82,7 @@ struct Workload {
 }
 
 pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
-    let model = global.open_model()?;
+    let model = global.open_quantized(args.weights)?;
     let mut decoder = local_decoder(&model, None, args.schedule.batch_size, args.cache.engine())?;
     let workload = workload(global, args, &decoder)?;
     if let Some(path) = &args.export_workload {

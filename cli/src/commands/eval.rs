@@ -10,7 +10,7 @@ use lengthwise_predictor::{ConstantPredictor, Question, RemotePredictor};
 use lengthwise_train::files::{Pair, read_pairs};
 use lengthwise_train::{PredictorReport, PredictorRow, coverage_90, evaluate};
 
-use crate::args::Global;
+use crate::args::{Global, QuantizeArgs};
 use crate::output::{print, print_json};
 use crate::predictions::{ask, local_predictor};
 use crate::table::Table;
@@ -36,6 +36,8 @@ pub struct EvalArgs {
     /// Cap on a prediction, in tokens
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
+    #[command(flatten)]
+    weights: QuantizeArgs,
 }
 
 /// Methods without training.
@@ -59,7 +61,7 @@ pub fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<()> {
         Ok(())
     };
     for path in &args.adapter {
-        let mut predictor = local_predictor(&global.open_model()?, Some(path), Question::Length, cap)?;
+        let mut predictor = local_predictor(&global.open_quantized(args.weights)?, Some(path), Question::Length, cap)?;
         add(&path.display().to_string(), predictor.as_mut())?;
     }
     if let Some(url) = &args.predictor {
@@ -69,7 +71,7 @@ pub fn run(global: &Global, args: &EvalArgs) -> anyhow::Result<()> {
         match method {
             Method::Pia => add(
                 "pia",
-                local_predictor(&global.open_model()?, None, Question::Pia, cap)?.as_mut(),
+                local_predictor(&global.open_quantized(args.weights)?, None, Question::Pia, cap)?.as_mut(),
             )?,
             Method::Constant => {
                 let max_tokens = args.constant.unwrap_or_else(|| median(&pairs));

@@ -12,7 +12,7 @@ use lengthwise_decoder::{LocalDecoder, PredictedRequest, run_strategy};
 use lengthwise_scheduler::{Planning, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
-use crate::args::Global;
+use crate::args::{Global, QuantizeArgs};
 use crate::cost::cost_model;
 use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
@@ -50,15 +50,20 @@ pub struct GenerateArgs {
     top_k: Option<u32>,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    weights: QuantizeArgs,
 }
 
 pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let records = read_instructions(&args.input)?;
     // What is null here is the model's own, and follows from its name.
-    let settings = serde_json::json!({
+    let mut settings = serde_json::json!({
         "model": global.model, "seed": global.seed, "temperature": args.temperature, "top_p": args.top_p,
         "top_k": args.top_k, "max_new_tokens": args.schedule.max_new_tokens,
     });
+    if let Some(quantization) = args.weights.quantize {
+        settings["quantize"] = format!("{quantization:?}").into();
+    }
     let (mut journal, finished) = Journal::open(&args.output, &settings.to_string())?;
     let mut lines = answered(&finished)?;
     let waiting: Vec<&InstructionRecord> = records.iter().filter(|r| !lines.contains_key(&r.id)).collect();
@@ -67,7 +72,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let mut config = schedule(args, None)?;
     if !waiting.is_empty() {
         let mut decoder = local_decoder(
-            &global.open_model()?,
+            &global.open_quantized(args.weights)?,
             None,
             args.schedule.batch_size,
             args.cache.engine(),

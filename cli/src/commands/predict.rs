@@ -6,7 +6,7 @@ use clap::Args;
 use lengthwise_core::{LengthEstimate, LengthPredictor, Prompt};
 use lengthwise_predictor::{Question, RemotePredictor};
 
-use crate::args::Global;
+use crate::args::{Global, QuantizeArgs};
 use crate::output::{print, print_json};
 use crate::predictions::{ask, local_predictor};
 use crate::table::Table;
@@ -26,6 +26,8 @@ pub struct PredictArgs {
     /// Cap on an estimate, in tokens
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
+    #[command(flatten)]
+    weights: QuantizeArgs,
 }
 
 pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
@@ -38,7 +40,12 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
             } else {
                 Question::Pia
             };
-            local_predictor(&global.open_model()?, args.adapter.as_deref(), question, cap)?
+            local_predictor(
+                &global.open_quantized(args.weights)?,
+                args.adapter.as_deref(),
+                question,
+                cap,
+            )?
         }
     };
     let prompts: Vec<Prompt> = args.text.iter().cloned().map(Prompt::Instruction).collect();

@@ -1,4 +1,6 @@
-//! `profile`: what prefill and a decode step cost on this device.
+//! `profile`: what prefill and a decode step cost on this device, and how near that is to what it can do.
+
+mod products;
 
 use std::num::NonZeroUsize;
 use std::time::Instant;
@@ -10,7 +12,7 @@ use lengthwise_model::LoadedModel;
 use lengthwise_scheduler::{ScheduleConfig, Strategy};
 use serde::{Deserialize, Serialize};
 
-use crate::args::Global;
+use crate::args::{Global, QuantizeArgs};
 use crate::inputs::CacheArgs;
 use crate::output::{print, print_json};
 use crate::progress::Bar;
@@ -30,6 +32,8 @@ pub struct ProfileArgs {
     steps: u32,
     #[command(flatten)]
     cache: CacheArgs,
+    #[command(flatten)]
+    weights: QuantizeArgs,
 }
 
 /// What one batch size at one context costs.
@@ -46,12 +50,14 @@ pub struct ProfilePoint {
 }
 
 pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
-    let model = global.open_model()?;
+    let model = global.open_quantized(args.weights)?;
     let points = measure(&model, args)?;
     // The planner's cost model reads it.
     crate::cost::keep(&model, &points)?;
+    let products = products::measure(&model.network, &points);
     if global.json {
-        return print_json(&serde_json::json!({"model": model.name, "points": points}));
+        let products = serde_json::to_value(&products)?;
+        return print_json(&serde_json::json!({"model": model.name, "points": points, "products": products}));
     }
     let header = vec!["batch", "context", "prefill ms", "step ms", "tokens/s"];
     let mut table = Table {
@@ -67,7 +73,8 @@ pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
             format!("{:.0}", p.batch_size as f64 / p.step_ms * 1000.0),
         ]);
     }
-    print(&table.text())
+    let products = products.map(|p| format!("\n{}", p.text())).unwrap_or_default();
+    print(&(table.text() + &products))
 }
 
 fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<ProfilePoint>> {

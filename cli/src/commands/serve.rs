@@ -15,7 +15,7 @@ use lengthwise_predictor::{BatchingConfig, ConstantPredictor, PredictorServer, Q
 use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::net::TcpListener;
 
-use crate::args::Global;
+use crate::args::{Global, QuantizeArgs};
 use crate::output::print_json;
 use crate::predictions::local_predictor;
 
@@ -49,6 +49,8 @@ pub struct ServeArgs {
     /// Requests that may wait; beyond them callers are turned away
     #[arg(long, default_value_t = BatchingConfig::default().capacity)]
     queue_capacity: NonZeroUsize,
+    #[command(flatten)]
+    weights: QuantizeArgs,
 }
 
 pub fn run(global: &Global, args: &ServeArgs) -> anyhow::Result<()> {
@@ -96,7 +98,7 @@ fn predictor(global: &Global, args: &ServeArgs) -> anyhow::Result<(Box<dyn Lengt
         };
         return Ok((Box::new(ConstantPredictor { max_tokens }), info));
     }
-    let model = global.open_model()?;
+    let model = global.open_quantized(args.weights)?;
     let question = if args.adapter.is_some() {
         Question::Length
     } else {

@@ -1,8 +1,10 @@
 //! The products of a backward pass: gradients with a weight turned, and activations with gradients.
 
 use super::PackedMatrix;
-use super::matrix::{INNER_BLOCK, ROW_BLOCK, narrow_tile, share};
-use super::panel::{LANES, Lane, Output, Rows, TILE_ROWS, tile, tile_turned};
+use super::columns::{INNER_BLOCK, narrow_tile};
+use super::matrix::{ROW_BLOCK, share};
+use super::panel::{LANES, Lane, Output, Rows, TILE_ROWS, tile};
+use super::turned::tile_turned;
 
 /// A gradient `[rows, outputs]` and the weight that it goes back through.
 #[derive(Clone, Copy)]
@@ -36,14 +38,15 @@ pub(crate) fn multiply_turned(products: &[Turned], out: &mut [f32], accumulate: 
         .step_by(ROW_BLOCK)
         .flat_map(|first| panels.clone().map(move |p| (first, p)));
     let jobs: Vec<(usize, usize)> = jobs.collect();
-    share(&jobs, work, |&(first, p)| {
+    let one = |&(first, p): &(usize, usize)| {
         let mut accumulate = accumulate;
         for product in products {
             let height = (rows - first).min(ROW_BLOCK);
             product.columns((first, height), p, &out, accumulate);
             accumulate = true;
         }
-    });
+    };
+    share(&jobs, work, |jobs| jobs.iter().for_each(one));
 }
 
 impl Turned<'_> {
@@ -59,15 +62,13 @@ impl Turned<'_> {
         for start in (0..outputs).step_by(INNER_BLOCK) {
             let panel = &mut panel[..(outputs - start).min(INNER_BLOCK)];
             for (i, lanes) in panel.chunks_mut(LANES).enumerate() {
-                let weight = &self.matrix.panel(start / LANES + i)[column..column + columns];
-                turn(
-                    Rows {
+                self.matrix.with_lanes(start / LANES + i, (column, columns), |weight| {
+                    let weight = Rows {
                         data: weight.as_floats(),
                         stride: LANES,
-                    },
-                    columns,
-                    lanes,
-                );
+                    };
+                    turn(weight, columns, lanes);
+                });
             }
             let accumulate = accumulate || start > 0;
             for row in (first..first + rows).step_by(TILE_ROWS) {
@@ -75,7 +76,14 @@ impl Turned<'_> {
                 let grad = grad.from(row).columns_from(start);
                 match columns {
                     LANES => tile(grad, height, panel, out, (row, column), accumulate),
-                    _ => narrow_tile(grad, height, panel, out, (row, column, columns), accumulate),
+                    _ => narrow_tile(
+                        grad,
+                        height,
+                        (panel, panel.len()),
+                        out,
+                        (row, column, columns),
+                        accumulate,
+                    ),
                 }
             }
         }
@@ -103,7 +111,7 @@ pub(crate) fn outer(a: &[f32], columns: usize, b: &[f32], n: usize, mut put: imp
         // SAFETY: each job has columns of its own, and the sums are read only when all are done.
         let out = unsafe { Output::shared(&mut sums, LANES) };
         let jobs: Vec<usize> = (0..columns).step_by(OUTER_COLUMNS).collect();
-        share(&jobs, rows * columns * LANES, |&start| {
+        let one = |&start: &usize| {
             let end = (start + OUTER_COLUMNS).min(columns);
             for (block, panel) in panel.chunks(OUTER_ROWS).enumerate() {
                 for c in (start..end).step_by(TILE_ROWS) {
@@ -114,7 +122,8 @@ pub(crate) fn outer(a: &[f32], columns: usize, b: &[f32], n: usize, mut put: imp
                     tile_turned(left, (end - c).min(TILE_ROWS), panel, &out, (c, 0), block > 0);
                 }
             }
-        });
+        };
+        share(&jobs, rows * columns * LANES, |jobs| jobs.iter().for_each(one));
         for (c, sums) in sums.chunks_exact(LANES).enumerate() {
             for (j, sum) in sums[..width].iter().enumerate() {
                 put(c, first + j, *sum);

@@ -1,15 +1,18 @@
 //! Frozen weights in panels, and the products with them.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::panel::{LANES, Lane, Output, Rows, TILE_ROWS, tile};
+use super::columns::{INNER_BLOCK, columns, lane, panel};
+use super::panel::{Group, LANES, Lane, Output, Rows, TILE_ROWS, WIDE_PANELS};
+use super::quantized::Q8Block;
 
-/// A frozen weight `[outputs, inputs]` in f32, laid out as products read it: panels of sixteen outputs one behind
-/// the other, each `[inputs, 16]`, the last filled up with zeros.
+/// A frozen weight `[outputs, inputs]`, laid out as products read it: panels of sixteen outputs one behind the other,
+/// each `[inputs, 16]`, the last filled up with zeros.
 pub(crate) struct PackedMatrix {
-    panels: Vec<Lane>,
+    panels: Panels,
     outputs: usize,
     inputs: usize,
 }
@@ -22,8 +25,12 @@ pub(crate) struct Product<'a> {
     pub accumulate: bool,
 }
 
-/// Inner size of a block: a panel's part (24 KB) stays in the first-level cache while all rows pass.
-pub(super) const INNER_BLOCK: usize = 384;
+/// All panels of a matrix.
+enum Panels {
+    F32(Vec<Lane>),
+    Q8(Vec<Q8Block>),
+}
+
 /// Rows of a block: their part of the left side stays in the second-level cache while all panels pass.
 pub(super) const ROW_BLOCK: usize = 32 * TILE_ROWS;
 /// Multiplications below which a product is not shared out: waking a thread costs some microseconds.
@@ -46,18 +53,51 @@ impl PackedMatrix {
             }
         });
         Self {
-            panels,
+            panels: Panels::F32(panels),
             outputs,
             inputs,
         }
     }
 
+    /// The nearest 8-bit weight.
+    pub fn quantized(&self) -> Self {
+        let blocks = |p: usize| {
+            self.with_lanes(p, (0, self.inputs), |lanes| {
+                lanes.chunks(Q8Block::ROWS).map(Q8Block::nearest).collect::<Vec<_>>()
+            })
+        };
+        let panels: Vec<Vec<Q8Block>> = (0..self.outputs.div_ceil(LANES)).into_par_iter().map(blocks).collect();
+        Self {
+            panels: Panels::Q8(panels.concat()),
+            outputs: self.outputs,
+            inputs: self.inputs,
+        }
+    }
+
+    /// Whether the weights have 8 bits.
+    pub fn is_quantized(&self) -> bool {
+        matches!(self.panels, Panels::Q8(_))
+    }
+
+    /// Bytes that the weights take.
+    pub fn bytes(&self) -> usize {
+        match &self.panels {
+            Panels::F32(lanes) => size_of_val(lanes.as_slice()),
+            Panels::Q8(blocks) => size_of_val(blocks.as_slice()),
+        }
+    }
+
     /// The weight again, `[outputs, inputs]`, row by row.
     pub fn unpack(&self) -> Vec<f32> {
-        let at = |o: usize, i: usize| self.panel(o / LANES)[i].0[o % LANES];
-        (0..self.outputs)
-            .flat_map(|o| (0..self.inputs).map(move |i| at(o, i)))
-            .collect()
+        let mut weight = vec![0f32; self.outputs * self.inputs];
+        for (p, rows) in weight.chunks_mut((LANES * self.inputs).max(1)).enumerate() {
+            self.with_lanes(p, (0, self.inputs), |lanes| {
+                for (j, row) in rows.chunks_exact_mut(self.inputs).enumerate() {
+                    row.iter_mut().zip(lanes).for_each(|(out, lane)| *out = lane.0[j]);
+                }
+            });
+        }
+        weight
     }
 
     /// `(outputs, inputs)`.
@@ -65,30 +105,22 @@ impl PackedMatrix {
         (self.outputs, self.inputs)
     }
 
-    pub(super) fn panel(&self, p: usize) -> &[Lane] {
-        &self.panels[p * self.inputs..][..self.inputs]
+    /// Calls `f` with `count` rows of panel `p`, from `first` on, in f32.
+    pub(super) fn with_lanes<T>(&self, p: usize, (first, count): (usize, usize), f: impl FnOnce(&[Lane]) -> T) -> T {
+        match &self.panels {
+            Panels::F32(lanes) => f(&lanes[p * self.inputs..][first..first + count]),
+            Panels::Q8(blocks) => {
+                let panel = panel(blocks, self.inputs, p);
+                f(&(first..first + count).map(|i| lane(panel, i)).collect::<Vec<_>>())
+            }
+        }
     }
 
-    /// Sixteen columns of the product for `rows` rows from `first` on.
-    fn columns(&self, x: Rows, (first, rows): (usize, usize), p: usize, product: &Product) {
-        let columns = (self.outputs - p * LANES).min(LANES);
-        for (block, panel) in self.panel(p).chunks(INNER_BLOCK).enumerate() {
-            let accumulate = product.accumulate || block > 0;
-            let x = x.columns_from(block * INNER_BLOCK);
-            for row in (first..first + rows).step_by(TILE_ROWS) {
-                let height = (first + rows - row).min(TILE_ROWS);
-                match columns {
-                    LANES => tile(x.from(row), height, panel, &product.out, (row, p * LANES), accumulate),
-                    _ => narrow_tile(
-                        x.from(row),
-                        height,
-                        panel,
-                        &product.out,
-                        (row, p * LANES, columns),
-                        accumulate,
-                    ),
-                }
-            }
+    /// The columns of `panels` (at most [`WIDE_PANELS`]) for `rows` rows from `first` on.
+    fn columns(&self, x: Rows, rows: (usize, usize), panels: Range<usize>, product: &Product, wide: &mut [Lane]) {
+        match &self.panels {
+            Panels::F32(lanes) => columns((lanes, self.inputs), x, rows, panels, product, None),
+            Panels::Q8(blocks) => columns((blocks, self.inputs), x, rows, panels, product, Some(wide)),
         }
     }
 }
@@ -99,53 +131,40 @@ impl std::fmt::Debug for PackedMatrix {
     }
 }
 
-/// The last panel of a width that is no multiple of sixteen.
-pub(super) fn narrow_tile(
-    x: Rows,
-    rows: usize,
-    panel: &[Lane],
-    out: &Output,
-    (row, column, columns): (usize, usize, usize),
-    accumulate: bool,
-) {
-    let mut whole = [0f32; TILE_ROWS * LANES];
-    // SAFETY: one thread, and `whole` is read only when the product is there.
-    let to = unsafe { Output::shared(&mut whole, LANES) };
-    tile(x, rows, panel, &to, (0, 0), false);
-    for (r, sums) in whole.chunks_exact(LANES).take(rows).enumerate() {
-        for (out, sum) in out.part(row + r, column, columns).iter_mut().zip(sums) {
-            *out = if accumulate { *out + sum } else { *sum };
-        }
-    }
-}
-
 /// All of `products` with the same rows, shared out among the threads by panels.
 ///
 /// - `x`: `[rows, inputs]` of every matrix
 pub(crate) fn multiply(x: Rows, rows: usize, products: &[Product]) {
     let work: usize = products.iter().map(|p| rows * p.matrix.outputs * p.matrix.inputs).sum();
+    let step = if rows == 1 { WIDE_PANELS } else { 1 };
     let mut jobs = Vec::new();
     for first in (0..rows).step_by(ROW_BLOCK) {
         for product in products {
-            jobs.extend((0..product.matrix.outputs.div_ceil(LANES)).map(|p| (first, product, p)));
+            let panels = product.matrix.outputs.div_ceil(LANES);
+            let ranges = (0..panels).step_by(step).map(|p| p..(p + step).min(panels));
+            jobs.extend(ranges.map(|range| (first, product, range)));
         }
     }
-    let one = |&(first, product, p): &(usize, &Product, usize)| {
-        let height = (rows - first).min(ROW_BLOCK);
-        product.matrix.columns(x, (first, height), p, product);
+    let run = |jobs: &[(usize, &Product, Range<usize>)]| {
+        let mut wide = [Lane::ZERO; INNER_BLOCK];
+        for (first, product, panels) in jobs {
+            let height = (rows - first).min(ROW_BLOCK);
+            product
+                .matrix
+                .columns(x, (*first, height), panels.clone(), product, &mut wide);
+        }
     };
-    share(&jobs, work, one);
+    share(&jobs, work, run);
 }
 
 /// Runs every job, on several threads where the `work` of all, in multiplications, is worth it.
-pub(super) fn share<J: Sync>(jobs: &[J], work: usize, one: impl Fn(&J) + Sync) {
+pub(super) fn share<J: Sync>(jobs: &[J], work: usize, run: impl Fn(&[J]) + Send + Sync) {
     if work < SERIAL_BELOW {
-        return jobs.iter().for_each(one);
+        return run(jobs);
     }
     // Parts of about a hundred microseconds: enough to share out, too few to be felt.
     let parts = (work / SERIAL_BELOW / 4).clamp(rayon::current_num_threads(), jobs.len().max(1));
-    jobs.par_chunks(jobs.len().div_ceil(parts))
-        .for_each(|jobs| jobs.iter().for_each(&one));
+    jobs.par_chunks(jobs.len().div_ceil(parts)).for_each(run);
 }
 
 /// The products of one weight, for callers that hold tensors.
@@ -250,5 +269,24 @@ mod tests {
         }
         let once = product(&x, &Arc::new(packed));
         assert!(twice.iter().zip(&once).all(|(t, o)| (t - 2.0 * o).abs() < 1e-4));
+    }
+
+    #[test]
+    fn an_eight_bit_weight_multiplies_as_the_numbers_it_stands_for() {
+        for (rows, outputs, inputs) in [(1, 17, 3), (1, 130, 400), (5, 33, 64), (7, 40, 400), (200, 64, 769)] {
+            let exact = PackedMatrix::pack(&values(outputs * inputs, 2), outputs, inputs);
+            let small = Arc::new(exact.quantized());
+            let same = Arc::new(PackedMatrix::pack(&small.unpack(), outputs, inputs));
+            let (x, grad) = (values(rows * inputs, 1), values(rows * outputs, 3));
+            assert_eq!(product(&x, &small), product(&x, &same), "{rows}x{outputs}x{inputs}");
+            let backward = |matrix: &Arc<PackedMatrix>| {
+                let mut dx = vec![0f32; rows * inputs];
+                multiply_turned(&[Turned { grad: &grad, matrix }], &mut dx, false);
+                dx
+            };
+            assert_eq!(backward(&small), backward(&same));
+            let panels = outputs.div_ceil(LANES) * inputs.div_ceil(32);
+            assert_eq!(small.bytes(), panels * LANES * (32 + 4));
+        }
     }
 }

@@ -6,10 +6,14 @@
 mod attention;
 mod backward;
 mod cache;
+mod columns;
 mod matrix;
 mod packed_attention;
 mod panel;
+mod quantized;
+mod registers;
 mod scratch;
+mod turned;
 mod workspace;
 
 pub(crate) use attention::{Span, attend};

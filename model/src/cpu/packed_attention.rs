@@ -10,7 +10,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::backward::turn;
-use super::matrix::narrow_tile;
+use super::columns::narrow_tile;
 use super::panel::{LANES, Lane, Output, Rows, TILE_ROWS, tile};
 use crate::ops::{AttentionShape, vector};
 
@@ -123,7 +123,7 @@ fn pack(data: Rows, rows: usize, d: usize, out: &mut Vec<Lane>) {
 fn tile_of(a: Rows, rows: usize, panel: &[Lane], out: &Output, at: (usize, usize), columns: usize) {
     match columns {
         LANES => tile(a, rows, panel, out, at, false),
-        _ => narrow_tile(a, rows, panel, out, (at.0, at.1, columns), false),
+        _ => narrow_tile(a, rows, (panel, panel.len()), out, (at.0, at.1, columns), false),
     }
 }
 

@@ -1,5 +1,7 @@
 //! The one inner loop of the CPU path: a few rows times a panel of sixteen columns.
 
+use super::registers::Registers;
+
 /// Columns of a panel: two AVX registers of f32, one cache line.
 pub(crate) const LANES: usize = 16;
 
@@ -46,7 +48,7 @@ impl<'a> Rows<'a> {
 pub(crate) struct Output {
     data: *mut f32,
     len: usize,
-    width: usize,
+    pub(super) width: usize,
 }
 
 // SAFETY: whoever makes one promises that no element is used by two threads; see `Output::shared`.
@@ -75,12 +77,30 @@ impl Output {
     }
 
     /// Where `rows` rows of `columns` elements begin, all of them inside the data.
-    fn pointer(&self, row: usize, column: usize, rows: usize, columns: usize) -> *mut f32 {
+    pub(super) fn pointer(&self, row: usize, column: usize, rows: usize, columns: usize) -> *mut f32 {
         let start = row * self.width + column;
         let end = start + (rows - 1) * self.width + columns;
         assert!(end <= self.len, "output too small");
         // SAFETY: `start` is inside the data.
         unsafe { self.data.add(start) }
+    }
+}
+
+/// Consecutive rows of a panel as they are stored: [`Lane`]s, or something narrower that is widened as it is read.
+pub(crate) trait Group: Copy + Send + Sync {
+    /// Rows that one holds.
+    const ROWS: usize;
+
+    /// Row `i`, below [`Group::ROWS`].
+    fn row(&self, i: usize) -> Registers;
+}
+
+impl Group for Lane {
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    fn row(&self, _: usize) -> Registers {
+        Registers::load(&self.0)
     }
 }
 
@@ -98,25 +118,16 @@ pub(crate) fn tile(
     (row, column): (usize, usize),
     accumulate: bool,
 ) {
-    if rows == 0 {
-        return;
-    }
-    assert!(
-        panel.is_empty() || a.data.len() >= (rows - 1) * a.stride + panel.len(),
-        "rows too short for the panel"
-    );
-    let to = (out.pointer(row, column, rows, LANES), out.width);
-    // SAFETY: the assert and `pointer` keep `rows` rows of `panel.len()` elements inside `a` and as many rows of
-    // `LANES` elements inside `out`.
-    unsafe { dispatch((a.data.as_ptr(), a.stride, 1), rows, panel, to, accumulate) }
+    tile_of::<Lane, false>(a, rows, (panel, panel.len()), out, (row, column), accumulate);
 }
 
-/// [`tile`] with a left side that lies turned: `a` is `[panel.len(), rows]`, one row per row of the panel.
+/// [`tile`] for a panel of any kind, whose first `k` rows count. With `AHEAD` it asks for what lies behind the panel, row
+/// by row: the next panel then comes while this one is multiplied, not when it is needed.
 #[inline(always)]
-pub(crate) fn tile_turned(
+pub(crate) fn tile_of<G: Group, const AHEAD: bool>(
     a: Rows,
     rows: usize,
-    panel: &[Lane],
+    (panel, k): (&[G], usize),
     out: &Output,
     (row, column): (usize, usize),
     accumulate: bool,
@@ -124,35 +135,96 @@ pub(crate) fn tile_turned(
     if rows == 0 {
         return;
     }
+    assert!(k <= panel.len() * G::ROWS, "panel too short");
     assert!(
-        panel.is_empty() || a.data.len() >= (panel.len() - 1) * a.stride + rows,
-        "too few rows for the panel"
+        k == 0 || a.data.len() >= (rows - 1) * a.stride + k,
+        "rows too short for the panel"
     );
-    let to = (out.pointer(row, column, rows, LANES), out.width);
-    // SAFETY: as in `tile`, with rows and columns of `a` changed over.
-    unsafe { dispatch((a.data.as_ptr(), 1, a.stride), rows, panel, to, accumulate) }
-}
-
-/// # Safety
-/// As [`kernel::run`] asks, with `rows` for `M`.
-#[inline(always)]
-unsafe fn dispatch(
-    a: (*const f32, usize, usize),
-    rows: usize,
-    panel: &[Lane],
-    out: (*mut f32, usize),
-    accumulate: bool,
-) {
-    // SAFETY: the caller's.
+    let (a, out) = (
+        (a.data.as_ptr(), a.stride),
+        (out.pointer(row, column, rows, LANES), out.width),
+    );
+    let panel = [panel];
+    // SAFETY: the asserts and `pointer` keep `rows` rows of `k` elements inside `a`, `k` rows inside the panel, and as
+    // many rows of `LANES` elements inside `out`.
     unsafe {
         match rows {
-            1 => kernel::run::<1>(a, panel, out, accumulate),
-            2 => kernel::run::<2>(a, panel, out, accumulate),
-            3 => kernel::run::<3>(a, panel, out, accumulate),
-            4 => kernel::run::<4>(a, panel, out, accumulate),
-            5 => kernel::run::<5>(a, panel, out, accumulate),
-            TILE_ROWS => kernel::run::<TILE_ROWS>(a, panel, out, accumulate),
+            1 => run::<G, 1, 1, AHEAD>(a, panel, k, out, accumulate),
+            2 => run::<G, 2, 1, AHEAD>(a, panel, k, out, accumulate),
+            3 => run::<G, 3, 1, AHEAD>(a, panel, k, out, accumulate),
+            4 => run::<G, 4, 1, AHEAD>(a, panel, k, out, accumulate),
+            5 => run::<G, 5, 1, AHEAD>(a, panel, k, out, accumulate),
+            TILE_ROWS => run::<G, TILE_ROWS, 1, AHEAD>(a, panel, k, out, accumulate),
             _ => unreachable!("a tile has at most {TILE_ROWS} rows"),
+        }
+    }
+}
+
+/// Panels that are multiplied with a single row together: one panel's two sums would wait for each other.
+pub(crate) const WIDE_PANELS: usize = 4;
+
+/// [`tile_of`] for one row and [`WIDE_PANELS`] panels that lie one behind the other, `[WIDE_PANELS][k, LANES]`.
+///
+/// - `a`: `[k]`
+/// - `out` and `(row, column)`: where the `WIDE_PANELS * LANES` sums go
+#[inline(always)]
+pub(crate) fn wide_tile<G: Group>(
+    a: &[f32],
+    panels: [&[G]; WIDE_PANELS],
+    out: &Output,
+    (row, column): (usize, usize),
+    accumulate: bool,
+) {
+    let k = a.len();
+    assert!(panels.iter().all(|p| k <= p.len() * G::ROWS), "panel too short");
+    let to = out.pointer(row, column, 1, WIDE_PANELS * LANES);
+    // SAFETY: as in `tile_of`.
+    unsafe { run::<G, 1, WIDE_PANELS, false>((a.as_ptr(), 0), panels, k, (to, 0), accumulate) }
+}
+
+/// The first `k` rows of `P` panels times `M` rows.
+///
+/// # Safety
+/// `M` rows of `k` elements are readable at `a`, `k` rows of each panel are there, and `M` rows of `P * LANES` are
+/// writable at `out`.
+#[inline(always)]
+unsafe fn run<G: Group, const M: usize, const P: usize, const AHEAD: bool>(
+    (a, stride): (*const f32, usize),
+    panels: [&[G]; P],
+    k: usize,
+    (out, out_stride): (*mut f32, usize),
+    accumulate: bool,
+) {
+    // SAFETY: the caller vouches for the rows and the panels.
+    unsafe {
+        let mut sums = [[Registers::zero(); P]; M];
+        if accumulate {
+            for (r, sums) in sums.iter_mut().enumerate() {
+                for (p, sum) in sums.iter_mut().enumerate() {
+                    *sum = Registers::load(&*out.add(r * out_stride + p * LANES).cast());
+                }
+            }
+        }
+        for g in 0..k.div_ceil(G::ROWS) {
+            let first = g * G::ROWS;
+            if AHEAD {
+                ask_for(panels[0].as_ptr().wrapping_add(panels[0].len() + g));
+            }
+            let count = if G::ROWS == 1 { 1 } else { (k - first).min(G::ROWS) };
+            for i in 0..count {
+                let rows: [Registers; P] = std::array::from_fn(|p| panels[p].get_unchecked(g).row(i));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    let x = *a.add(r * stride + first + i);
+                    for (sum, row) in sums.iter_mut().zip(&rows) {
+                        *sum = sum.plus(x, *row);
+                    }
+                }
+            }
+        }
+        for (r, sums) in sums.iter().enumerate() {
+            for (p, sum) in sums.iter().enumerate() {
+                sum.store(&mut *out.add(r * out_stride + p * LANES).cast());
+            }
         }
     }
 }
@@ -160,100 +232,35 @@ unsafe fn dispatch(
 /// Asks for a panel that will be read soon.
 #[inline(always)]
 pub(crate) fn prefetch(panel: &[Lane]) {
-    #[cfg(target_arch = "x86_64")]
     for lane in panel {
+        ask_for(lane);
+    }
+}
+
+/// Asks for as many groups as there are in `panel`, from behind it.
+#[inline(always)]
+pub(crate) fn prefetch_behind<G: Group>(panel: &[G]) {
+    for i in 0..panel.len() {
+        ask_for(panel.as_ptr().wrapping_add(panel.len() + i));
+    }
+}
+
+/// Asks for every cache line of `at`, which may lie anywhere.
+#[inline(always)]
+fn ask_for<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    for line in 0..size_of::<T>().div_ceil(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: a prefetch reads nothing that the program sees, and every x86-64 processor has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(lane.0.as_ptr().cast()) }
+        // SAFETY: a prefetch reads nothing that the program sees, faults nowhere, and every x86-64 processor has it.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(64 * line)) }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = panel;
-}
-
-#[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma"))]
-mod kernel {
-    use std::arch::x86_64::{
-        _mm256_broadcast_ss, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_setzero_ps, _mm256_storeu_ps,
-    };
-
-    use super::Lane;
-
-    /// # Safety
-    /// `M` rows of `panel.len()` elements are readable at `a`, where rows lie `stride` apart and their elements `step`,
-    /// and `M` rows of sixteen are writable at `out`.
-    #[inline(always)]
-    pub unsafe fn run<const M: usize>(
-        (a, stride, step): (*const f32, usize, usize),
-        panel: &[Lane],
-        (out, out_stride): (*mut f32, usize),
-        accumulate: bool,
-    ) {
-        // SAFETY: the caller vouches for the rows; a lane is sixteen elements.
-        unsafe {
-            let mut sums = [[_mm256_setzero_ps(); 2]; M];
-            if accumulate {
-                for (r, sum) in sums.iter_mut().enumerate() {
-                    let at = out.add(r * out_stride);
-                    *sum = [_mm256_loadu_ps(at), _mm256_loadu_ps(at.add(8))];
-                }
-            }
-            for (i, lane) in panel.iter().enumerate() {
-                let lane = lane.0.as_ptr();
-                let (low, high) = (_mm256_loadu_ps(lane), _mm256_loadu_ps(lane.add(8)));
-                for (r, sum) in sums.iter_mut().enumerate() {
-                    let x = _mm256_broadcast_ss(&*a.add(r * stride + i * step));
-                    *sum = [_mm256_fmadd_ps(x, low, sum[0]), _mm256_fmadd_ps(x, high, sum[1])];
-                }
-            }
-            for (r, sum) in sums.iter().enumerate() {
-                let at = out.add(r * out_stride);
-                _mm256_storeu_ps(at, sum[0]);
-                _mm256_storeu_ps(at.add(8), sum[1]);
-            }
-        }
-    }
-}
-
-#[cfg(not(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma")))]
-mod kernel {
-    use super::{LANES, Lane};
-
-    /// # Safety
-    /// `M` rows of `panel.len()` elements are readable at `a`, where rows lie `stride` apart and their elements `step`,
-    /// and `M` rows of sixteen are writable at `out`.
-    #[inline(always)]
-    pub unsafe fn run<const M: usize>(
-        (a, stride, step): (*const f32, usize, usize),
-        panel: &[Lane],
-        (out, out_stride): (*mut f32, usize),
-        accumulate: bool,
-    ) {
-        let mut sums = [[0f32; LANES]; M];
-        for (r, sum) in sums.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for the rows.
-            let out = unsafe { std::slice::from_raw_parts(out.add(r * out_stride), LANES) };
-            if accumulate {
-                sum.copy_from_slice(out);
-            }
-        }
-        for (i, lane) in panel.iter().enumerate() {
-            for (r, sum) in sums.iter_mut().enumerate() {
-                // SAFETY: the caller vouches for the rows.
-                let x = unsafe { *a.add(r * stride + i * step) };
-                for j in 0..LANES {
-                    sum[j] = x.mul_add(lane.0[j], sum[j]);
-                }
-            }
-        }
-        for (r, sum) in sums.iter().enumerate() {
-            // SAFETY: the caller vouches for the rows.
-            unsafe { std::slice::from_raw_parts_mut(out.add(r * out_stride), LANES) }.copy_from_slice(sum);
-        }
-    }
+    let _ = at;
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::turned::tile_turned;
     use super::*;
 
     #[test]

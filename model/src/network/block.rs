@@ -37,7 +37,7 @@ impl Block {
             let bias = format!("model.layers.{layer}.{}.bias", kind.path());
             let out = weight.dim(0)?;
             Ok::<_, ModelError>(Linear {
-                weight: Weight::new(weight)?,
+                weight: Weight::new(weight)?.quantized(weights.quantization()),
                 bias: has_bias.then(|| weights.get(&bias, &[out])).transpose()?,
             })
         };

@@ -17,11 +17,7 @@ const DRAW_SERIALLY_BELOW: usize = 1 << 16;
 /// A pass that was launched, and the tokens that it draws.
 #[derive(Debug)]
 #[must_use]
-pub struct Flight {
-    drawn: Drawn,
-    /// Of every segment: whether its token is wanted.
-    wanted: Vec<bool>,
-}
+pub struct Flight(Drawn);
 
 #[derive(Debug)]
 enum Drawn {
@@ -29,7 +25,11 @@ enum Drawn {
     Here(Vec<u32>),
     /// On the GPU, which may still be at it.
     #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-    There(CopyBack),
+    There {
+        tokens: CopyBack,
+        /// Of every segment: whether its token is wanted.
+        wanted: Vec<bool>,
+    },
 }
 
 /// Stands for the token that the pass before drew for its segment number `segment`, which the host need not know yet. A
@@ -52,14 +52,14 @@ impl Flight {
     /// # Errors
     /// The device failed, or the logits of a segment are not finite.
     pub fn land(self) -> Result<Vec<u32>, ModelError> {
-        match self.drawn {
+        match self.0 {
             Drawn::Here(tokens) => Ok(tokens),
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-            Drawn::There(tokens) => {
+            Drawn::There { tokens, wanted } => {
                 let tokens = tokens.wait()?;
                 // What the kernel says where it found no finite logit.
                 let failed = |(token, wanted): (&u32, &bool)| *wanted && *token == u32::MAX;
-                match tokens.iter().zip(&self.wanted).any(failed) {
+                match tokens.iter().zip(&wanted).any(failed) {
                     true => Err(ModelError::NonFiniteLogits),
                     false => Ok(tokens),
                 }
@@ -83,15 +83,14 @@ impl Llama {
         adapter: Option<&Adapter>,
         samplers: &mut [Option<&mut Sampler>],
     ) -> Result<Flight, ModelError> {
-        let wanted: Vec<bool> = samplers.iter().map(Option::is_some).collect();
         #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
         if let Store::Gpu(gpu) = &mut cache.store {
             self.check(segments, gpu.last_drawn())?;
             let draw = |sampler: &mut Option<&mut Sampler>| sampler.as_mut().map(|s| s.next_draw());
             let draws: Vec<_> = samplers.iter_mut().map(draw).collect();
             gpu.launch(segments, adapter, &draws)?;
-            let drawn = Drawn::There(gpu.drawn()?);
-            return Ok(Flight { drawn, wanted });
+            let (tokens, wanted) = (gpu.drawn()?, draws.iter().map(Option::is_some).collect());
+            return Ok(Flight(Drawn::There { tokens, wanted }));
         }
         let vocab = self.config().vocab_size;
         let logits = self.forward(segments, cache, adapter)?;
@@ -112,7 +111,6 @@ impl Llama {
                 .map(sample)
                 .collect(),
         };
-        let drawn = Drawn::Here(tokens?);
-        Ok(Flight { drawn, wanted })
+        Ok(Flight(Drawn::Here(tokens?)))
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::cpu::PackedMatrix;
-use crate::ops;
+use crate::{ModelError, Quantization, Weights, ops};
 
 /// A weight `[out, in]` and a bias `[out]`.
 #[derive(Debug, Clone)]
@@ -17,13 +17,37 @@ pub(super) struct Linear {
 /// A weight `[out, in]`.
 #[derive(Debug, Clone)]
 pub(super) enum Weight {
-    /// Frozen, f32, in main memory.
+    /// Frozen, f32 or 8 bits, in main memory.
     Packed(Arc<PackedMatrix>),
     /// Trained itself, or of another dtype or on another device.
     Plain(Tensor),
 }
 
 impl Weight {
+    /// Takes the weight `name` of `shape`, and stores it as the weights are to be.
+    pub fn load(weights: &Weights, name: &str, shape: [usize; 2]) -> std::result::Result<Self, ModelError> {
+        let weight = Self::new(weights.get(name, &shape)?)?;
+        Ok(weight.quantized(weights.quantization()))
+    }
+
+    /// The weight in fewer bits, where it is frozen and not so already.
+    pub fn quantized(self, quantization: Option<Quantization>) -> Self {
+        match (self, quantization) {
+            (Self::Packed(weight), Some(Quantization::Q8_0)) if !weight.is_quantized() => {
+                Self::Packed(Arc::new(weight.quantized()))
+            }
+            (weight, _) => weight,
+        }
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Packed(weight) => weight.bytes(),
+            Self::Plain(weight) => weight.elem_count() * weight.dtype().size_in_bytes(),
+        }
+    }
+
     /// Packs the weight where the CPU path can run it.
     pub fn new(weight: Tensor) -> Result<Self> {
         if !ops::has_kernel(&weight) || weight.is_variable() {
@@ -43,14 +67,17 @@ impl Weight {
         }
     }
 
-    /// The weight with `delta` (`[out, in]`, f32) added, in its own dtype.
+    /// The weight with `delta` (`[out, in]`, f32) added, in its own dtype, and rounded anew where it has 8 bits.
     pub fn add(&self, delta: &Tensor) -> Result<Self> {
+        let quantization = self
+            .packed()
+            .and_then(|w| w.is_quantized().then_some(Quantization::Q8_0));
         let weight = match self {
             Self::Packed(packed) => Tensor::from_vec(packed.unpack(), packed.shape(), &Device::Cpu)?,
             Self::Plain(weight) => weight.clone(),
         };
         let sum = (weight.to_dtype(DType::F32)? + delta)?;
-        Self::new(sum.to_dtype(weight.dtype())?.detach())
+        Ok(Self::new(sum.to_dtype(weight.dtype())?.detach())?.quantized(quantization))
     }
 
     /// The weight as a tensor, `[out, in]`; a copy where it is packed.

@@ -4,7 +4,8 @@ use candle_core::{Device, Tensor};
 
 use crate::ops::testing::assert_close;
 use crate::{
-    Adapter, BlockTable, Dropout, KvCache, Llama, LoraConfig, Segment, TargetModules, TrainPass, cross_entropy,
+    Adapter, BlockTable, Dropout, KvCache, Llama, LoraConfig, Quantization, Segment, TargetModules, TrainPass,
+    cross_entropy,
 };
 
 const PROMPTS: [&[u32]; 3] = [&[3, 9, 4, 1, 7, 8, 20, 21, 22, 23, 5], &[6], &[30, 31, 32]];
@@ -181,5 +182,41 @@ fn positions_past_the_context_are_refused() -> anyhow::Result<()> {
         .expect_err("too long")
         .to_string();
     assert!(err.contains("65 tokens") && err.contains("at most 64"), "{err}");
+    Ok(())
+}
+
+#[test]
+fn eight_bit_weights_stay_close_take_a_quarter_and_keep_rows_apart() -> anyhow::Result<()> {
+    let config = crate::testing::config();
+    let llama = network()?;
+    let small = crate::testing::quantized(&config)?;
+    assert_eq!(
+        (llama.quantization(), small.quantization()),
+        (None, Some(Quantization::Q8_0))
+    );
+    // 32 inputs take a scale of 4 bytes and 32 of weights instead of 128; 48 inputs of `down` fill two such blocks.
+    assert!(small.linear_bytes() * 3 < llama.linear_bytes());
+    let (exact, together) = (run(&llama, &PROMPTS, 100, None)?, run(&small, &PROMPTS, 100, None)?);
+    for ((prompt, got), want) in PROMPTS.iter().zip(&together).zip(&exact) {
+        // Not a bit of difference: what a row gives does not depend on how many it runs with.
+        assert_close(got, &run(&small, &[prompt], 100, None)?[0], 0.0)?;
+        let spread = want.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert_close(got, want, 0.02 * spread)?;
+        let moved = (got - want)?.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert!(moved > 0.0, "nothing was rounded");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_on_eight_bit_weights_is_the_low_rank_term_on_top() -> anyhow::Result<()> {
+    let small = crate::testing::quantized(&crate::testing::config())?;
+    let adapter = adapter(&small)?;
+    let exact = run(&network()?, &PROMPTS, 100, Some(&adapter))?;
+    for (got, want) in run(&small, &PROMPTS, 100, Some(&adapter))?.iter().zip(&exact) {
+        let spread = want.abs()?.max_all()?.to_scalar::<f32>()?;
+        assert_close(got, want, 0.05 * spread)?;
+    }
+    assert_eq!(small.merged(&adapter)?.quantization(), Some(Quantization::Q8_0));
     Ok(())
 }

@@ -6,6 +6,7 @@
 mod attention;
 mod cross_entropy;
 mod linear;
+mod matrix;
 mod norm;
 mod paged_attention;
 mod rope;
@@ -17,6 +18,7 @@ pub(crate) use attention::attend_stock;
 pub(crate) use attention::{AttentionShape, packed_attention};
 pub use cross_entropy::cross_entropy;
 pub(crate) use linear::{linear, packed_linear};
+pub(crate) use matrix::gemm_transposed;
 pub(crate) use norm::{rms_norm, rms_norm_grad_row, rms_norm_in_place, rms_norm_row};
 pub(crate) use paged_attention::{CachedRow, paged_attention, write_rows};
 pub(crate) use rope::{RopeTable, rope};

@@ -90,6 +90,24 @@ fn a_value_too_large_for_the_dtype_is_refused() -> anyhow::Result<()> {
 }
 
 #[test]
+fn quantised_weights_are_refused_where_no_kernel_runs_them() -> anyhow::Result<()> {
+    let weights = |dtype| Weights::from_tensors(Default::default(), dtype, &Device::Cpu);
+    let err = weights(DType::BF16)
+        .quantized(Some(Quantization::Q8_0))
+        .map(|_| ())
+        .expect_err("bf16 has no 8-bit kernel")
+        .to_string();
+    assert!(
+        err.contains("on the cpu in f32, not on cpu in bf16") && !err.contains('\n'),
+        "{err}"
+    );
+    let kept = weights(DType::F32).quantized(Some(Quantization::Q8_0))?;
+    assert_eq!(kept.quantization(), Some(Quantization::Q8_0));
+    assert!(weights(DType::BF16).quantized(None).is_ok());
+    Ok(())
+}
+
+#[test]
 fn a_header_longer_than_the_file_is_refused() -> anyhow::Result<()> {
     let dir = folder_with(&Tensor::zeros(2, DType::F32, &Device::Cpu)?)?;
     let path = dir.path().join("model.safetensors");

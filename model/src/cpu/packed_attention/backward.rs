@@ -1,6 +1,7 @@
 //! The gradients of packed attention.
 
-use super::super::panel::{LANES, Lane, Output, Rows, TILE_ROWS, tile_turned};
+use super::super::panel::{LANES, Lane, Output, Rows, TILE_ROWS};
+use super::super::turned::tile_turned;
 use super::{Scratch, Sequences, Span, Strip, head_rows, pack, pack_turned, tile_of, visible};
 use crate::ops::{AttentionShape, vector};
 

@@ -56,6 +56,7 @@ impl Case {
             positions: positions.clone(),
             rope: &llama.rope,
             adapter: Some(&adapter),
+            unadapted: None,
             dropout: forked.as_ref(),
             attention: Attention::Packed(LENGTHS.as_slice().into()),
         };
