@@ -1,13 +1,13 @@
 """Hugging Face `generate` on an exported work load: static batches as the published code runs them.
 
-    python scripts/bench_decode/peer_hf.py MODEL WORKLOAD vanilla|published...
+    python scripts/bench_decode/peer_hf.py MODEL WORKLOAD vanilla|published... [--num N] [--device cuda] [--dtype bfloat16]
 
 `vanilla`: batches of 16 in order of arrival. `published`: sorted by the true length, variable batch sizes, each batch
 until its longest ends (oracle + VBS + FCR with nothing to fail). Prints one JSON line per mode.
 """
 
+import argparse
 import json
-import sys
 import time
 
 import torch
@@ -46,18 +46,28 @@ def run(model, requests, mode):
             ids[row, longest - n :] = torch.tensor(request["prompt"])
             mask[row, longest - n :] = 1
         steps = max(r["tokens"] for r in batch)
+        ids, mask = ids.to(model.device), mask.to(model.device)
         model.generate(ids, attention_mask=mask, max_new_tokens=steps, min_new_tokens=steps, do_sample=False)
     return time.perf_counter() - began
 
 
-def main(folder, workload, modes):
-    requests = [json.loads(line) for line in open(workload)]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("workload")
+    parser.add_argument("modes", nargs="+", choices=["vanilla", "published"])
+    parser.add_argument("--num", type=int, help="only the first so many requests")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    args = parser.parse_args()
+    requests = [json.loads(line) for line in open(args.workload)][: args.num]
+    dtype = getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).eval().to(args.device)
     model.generation_config.pad_token_id = 0
     tokens = sum(r["tokens"] for r in requests)
     with torch.inference_mode():
         run(model, requests[:2], "vanilla")
-        for mode in modes:
+        for mode in args.modes:
             seconds = run(model, requests, mode)
             row = {"engine": f"transformers {mode}", "seconds": seconds}
             row |= {"samples_per_s": len(requests) / seconds, "tokens_per_s": tokens / seconds}
@@ -65,4 +75,4 @@ def main(folder, workload, modes):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    main()

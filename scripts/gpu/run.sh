@@ -42,4 +42,4 @@ for slots in 16 64 256; do bench "continuous_$slots" --num 1024 --strategy conti
 bench continuous_most --num 1024 --strategy continuous --batch-size 1024
 bench vanilla_1024 --num 1024 --strategy vanilla --batch-size 16
 bench seqsch_1024 --num 1024 --strategy seqsch --noise-mae 62 --vbs --fcr --planner published,cost --batch-size 16
-step train "$python" "$here/../bench_train.py" "$models" --lengthwise "$lengthwise" --models 7b --shapes 8x512 --device cuda --dtype bf16 --steps 5
+step train "$python" "$here/../bench_train.py" "$models" --lengthwise "$lengthwise" --models-used 7b --shapes 8x512 --device cuda --dtype bf16 --steps 5
