@@ -56,7 +56,12 @@ pub fn network(config: &ModelConfig) -> anyhow::Result<Llama> {
             tensors.insert(name, Tensor::ones(h, DType::F32, &Device::Cpu)?);
         }
         let at = |name: &str| format!("model.layers.{layer}.self_attn.{name}");
-        for (i, kind) in crate::LinearKind::ALL.into_iter().take(3).enumerate().filter(|_| config.attention_bias) {
+        for (i, kind) in crate::LinearKind::ALL
+            .into_iter()
+            .take(3)
+            .enumerate()
+            .filter(|_| config.attention_bias)
+        {
             let bias = random(&[kind.shape(config).0], (50 + i) as u64)?;
             tensors.insert(at(&format!("{}.bias", kind.name())), bias);
         }

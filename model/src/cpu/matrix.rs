@@ -182,7 +182,14 @@ mod tests {
         let got = product(&x, &packed);
         let grad = values(rows * outputs, 3);
         let mut dx = vec![0f32; rows * inputs];
-        multiply_turned(&[Turned { grad: &grad, matrix: &packed }], &mut dx, false);
+        multiply_turned(
+            &[Turned {
+                grad: &grad,
+                matrix: &packed,
+            }],
+            &mut dx,
+            false,
+        );
         for r in 0..rows {
             for o in 0..outputs {
                 let want: f64 = (0..inputs)

@@ -4,6 +4,6 @@ mod adapter;
 mod config;
 mod file;
 
-pub(crate) use adapter::{LoraPair, Mask};
 pub use adapter::{Adapter, Dropout};
+pub(crate) use adapter::{LoraPair, Mask};
 pub use config::{LinearKind, LoraConfig, TargetModules};

@@ -62,7 +62,10 @@ impl Block {
         let frozen = |t: &Tensor| ops::has_kernel(t) && !t.track_op();
         let heads = self.qk_norms.iter().flat_map(|(q, k)| [q, k]);
         let norms = [&self.input_norm, &self.post_attention_norm];
-        let mut plain = norms.into_iter().chain(heads).chain(self.linears.iter().filter_map(|l| l.bias.as_ref()));
+        let mut plain = norms
+            .into_iter()
+            .chain(heads)
+            .chain(self.linears.iter().filter_map(|l| l.bias.as_ref()));
         self.linears.iter().all(|l| l.weight.packed().is_some()) && plain.all(frozen)
     }
 

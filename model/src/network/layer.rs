@@ -133,10 +133,7 @@ impl LayerOp {
             )?,
             Some(asking) => {
                 self.linears(asking, &mut [(LinearKind::QProj, &mut q)])?;
-                self.linears(
-                    &normed,
-                    &mut [(LinearKind::KProj, &mut k), (LinearKind::VProj, &mut v)],
-                )?;
+                self.linears(&normed, &mut [(LinearKind::KProj, &mut k), (LinearKind::VProj, &mut v)])?;
             }
         }
         low.add(LinearKind::QProj, asking.as_ref().unwrap_or(&normed), &mut q);

@@ -7,8 +7,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{DType, Tensor, Var};
 
 use super::Llama;
-use super::layer::{Read, Training};
 use super::block::Block;
+use super::layer::{Read, Training};
 use super::pass::{Attention, Pass};
 use crate::ModelError;
 use crate::cpu::Sequences;

@@ -56,8 +56,7 @@ pub(crate) fn rms_norm_in_place(row: &mut [f32], w: &[f32], eps: f32) {
 /// With u = x / rms: dx = (g w - u mean(g w u)) / rms.
 pub(crate) fn rms_norm_grad_row(row: &[f32], w: &[f32], eps: f32, grad: &[f32], dx: &mut [f32]) {
     let inverse = inverse_rms(row, eps);
-    let ((x8, x_rest), (w8, w_rest), (g8, g_rest)) =
-        (row.as_chunks::<8>(), w.as_chunks::<8>(), grad.as_chunks::<8>());
+    let ((x8, x_rest), (w8, w_rest), (g8, g_rest)) = (row.as_chunks::<8>(), w.as_chunks::<8>(), grad.as_chunks::<8>());
     let mut lanes = [0f32; 8];
     for ((x, w), g) in x8.iter().zip(w8).zip(g8) {
         for i in 0..8 {

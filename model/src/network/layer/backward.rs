@@ -66,11 +66,7 @@ impl LayerOp {
                 grad: &dmixed,
             };
             let wanted = |kind, len| (deep || self.terms.has(kind)).then(|| scratch.take(len));
-            let (mut dq, mut dk, mut dv) = (
-                wanted(QProj, q.len()),
-                wanted(KProj, k.len()),
-                wanted(VProj, v.len()),
-            );
+            let (mut dq, mut dk, mut dv) = (wanted(QProj, q.len()), wanted(KProj, k.len()), wanted(VProj, v.len()));
             let to = [dq.as_deref_mut(), dk.as_deref_mut(), dv.as_deref_mut()];
             attend_packed_backward(of, &self.read.sequences, block.shape, to);
             scratch.give([turned_q, turned_k]);

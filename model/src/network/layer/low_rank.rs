@@ -72,12 +72,7 @@ impl Terms {
     }
 
     /// A forward pass through the terms.
-    pub fn forward<'a>(
-        &'a self,
-        factors: &'a [f32],
-        dropout: Option<(f64, u64)>,
-        scratch: &'a Scratch,
-    ) -> Forward<'a> {
+    pub fn forward<'a>(&'a self, factors: &'a [f32], dropout: Option<(f64, u64)>, scratch: &'a Scratch) -> Forward<'a> {
         Forward {
             terms: self,
             factors,

@@ -44,7 +44,11 @@ impl Case {
         let block = &llama.blocks[0];
         assert!(block.runs_on_host());
 
-        let rows = self.rows.as_ref().map(|r| Tensor::new(r.as_slice(), &Device::Cpu)).transpose()?;
+        let rows = self
+            .rows
+            .as_ref()
+            .map(|r| Tensor::new(r.as_slice(), &Device::Cpu))
+            .transpose()?;
         // The layer draws a seed of its own from the pass's generator.
         let outer = Dropout::new(self.dropout, 3);
         let forked = outer.fork().map(|(p, seed)| Dropout::new(p, seed));
@@ -83,7 +87,9 @@ impl Case {
         variables.retain(|name, _| name.contains("layers.0."));
         variables.insert("input".to_owned(), input.as_tensor().clone());
         for (name, variable) in variables {
-            let want = want.get(&variable).unwrap_or_else(|| panic!("{name}: no gradient to compare with"));
+            let want = want
+                .get(&variable)
+                .unwrap_or_else(|| panic!("{name}: no gradient to compare with"));
             // The second time nothing is kept any more, and the layer runs again.
             for grads in [&first, &again] {
                 let got = grads.get(&variable).unwrap_or_else(|| panic!("{name} has no gradient"));
