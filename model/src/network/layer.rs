@@ -1,4 +1,4 @@
-//! One decoder layer of a training pass on the CPU path, as one operation with its own backward.
+//! A decoder layer of a training pass on the CPU path, forward and backward (`stack.rs` joins them).
 //!
 //! It keeps what is dear to compute again: what the linear layers give, and attention's output. Norms, positions, the
 //! activation and attention's weights are computed again in the backward pass, in buffers that go from layer to layer.
@@ -6,31 +6,21 @@
 
 mod backward;
 mod low_rank;
+mod stack;
 #[cfg(test)]
 mod tests;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::block::Block;
 use super::host::by_rows;
 use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Sequences, attend_packed, multiply};
-use crate::lora::{Adapter, Dropout, LinearKind};
+use crate::lora::LinearKind;
 use crate::ops::{self, RopeTable, host_floats};
-use low_rank::{LowRank, Terms};
-
-/// What the layers of one training pass share.
-pub(super) struct Training<'a> {
-    /// Position of every packed token in its sequence.
-    pub positions: Arc<[u32]>,
-    pub rope: &'a Arc<RopeTable>,
-    pub adapter: Option<&'a Adapter>,
-    pub dropout: Option<&'a Dropout>,
-    /// Keep nothing for the backward pass, which runs the layer again.
-    pub checkpointing: bool,
-    pub scratch: &'a Arc<Scratch>,
-}
+use low_rank::{Forward, LowRank, Terms};
+pub(super) use stack::Training;
 
 /// The tokens whose output is read.
 #[derive(Debug, Clone)]
@@ -40,33 +30,7 @@ pub(super) struct Read {
     pub rows: Option<Arc<[u32]>>,
 }
 
-impl Training<'_> {
-    /// The layer's output, `[read, hidden]`.
-    ///
-    /// - `x`: `[tokens, hidden]`
-    pub fn run(&self, block: &Block, layer: usize, x: &Tensor, read: &Read) -> Result<Tensor> {
-        let (terms, factors) = Terms::of(self.adapter, layer)?;
-        let tracked = x.track_op() || factors.track_op();
-        let op = LayerOp {
-            block: block.clone(),
-            read: read.clone(),
-            positions: self.positions.clone(),
-            rope: self.rope.clone(),
-            terms,
-            dropout: self.dropout.and_then(Dropout::fork),
-            keeps: tracked && !self.checkpointing,
-            kept: Mutex::default(),
-            scratch: self.scratch.clone(),
-        };
-        let x = x.contiguous()?;
-        match tracked {
-            true => x.apply_op2(&factors, op),
-            false => x.apply_op2_no_bwd(&factors, &op),
-        }
-    }
-}
-
-/// The layer with the adapter's factors, which are one tensor to candle: an operation has few inputs.
+/// A layer with its part of the adapter.
 struct LayerOp {
     block: Block,
     read: Read,
@@ -75,8 +39,6 @@ struct LayerOp {
     terms: Terms,
     /// Probability and seed.
     dropout: Option<(f64, u64)>,
-    keeps: bool,
-    kept: Mutex<Option<Kept>>,
     scratch: Arc<Scratch>,
 }
 
@@ -112,61 +74,25 @@ impl LayerOp {
     }
 
     /// Runs the layer; with `wants_output` the result is the layer's output, `[n, hidden]`.
+    ///
+    /// - `x`: `[t, hidden]`; `factors`: those of its terms
     fn forward(&self, x: &[f32], factors: &[f32], wants_output: bool) -> Result<(Vec<f32>, Kept)> {
         let (block, scratch) = (&self.block, &self.scratch);
-        let hidden = self.width(LinearKind::DownProj);
         let mut low = self.terms.forward(factors, self.dropout, scratch);
-        let normed = self.normed(x, &block.input_norm)?;
-        let (tokens, read) = (x.len() / hidden, self.read.sequences.queries());
-        let take = |rows: usize, kind| scratch.take(rows * self.width(kind));
-        let mut q = take(read, LinearKind::QProj);
-        let (mut k, mut v) = (take(tokens, LinearKind::KProj), take(tokens, LinearKind::VProj));
-        let asking = self.pick(&normed, hidden);
-        match &asking {
-            None => self.linears(
-                &normed,
-                &mut [
-                    (LinearKind::QProj, &mut q),
-                    (LinearKind::KProj, &mut k),
-                    (LinearKind::VProj, &mut v),
-                ],
-            )?,
-            Some(asking) => {
-                self.linears(asking, &mut [(LinearKind::QProj, &mut q)])?;
-                self.linears(&normed, &mut [(LinearKind::KProj, &mut k), (LinearKind::VProj, &mut v)])?;
-            }
-        }
-        low.add(LinearKind::QProj, asking.as_ref().unwrap_or(&normed), &mut q);
-        low.add(LinearKind::KProj, &normed, &mut k);
-        low.add(LinearKind::VProj, &normed, &mut v);
-        scratch.give(asking.into_iter().chain([normed]));
-
+        let [q, k, v] = self.queries_keys_values(x, &mut low)?;
         let (turned_q, turned_k) = (self.turned(LinearKind::QProj, &q)?, self.turned(LinearKind::KProj, &k)?);
         let mut mixed = scratch.take(q.len());
-        let mut log_sums = scratch.take(read * block.shape.heads);
-        attend_packed(
-            [&turned_q, &turned_k, &v],
-            &self.read.sequences,
-            block.shape,
-            &mut mixed,
-            &mut log_sums,
-        );
+        let mut log_sums = scratch.take(self.read.sequences.queries() * block.shape.heads);
+        let inputs = [&turned_q[..], &turned_k, &v];
+        attend_packed(inputs, &self.read.sequences, block.shape, &mut mixed, &mut log_sums);
         scratch.give([turned_q, turned_k]);
 
+        let hidden = self.width(LinearKind::DownProj);
         let mut middle = self.pick(x, hidden).unwrap_or_else(|| scratch.copy(x));
         self.add_linear(LinearKind::OProj, &mixed, &mut middle);
         low.add(LinearKind::OProj, &mixed, &mut middle);
 
-        let normed = self.normed(&middle, &block.post_attention_norm)?;
-        let (mut gate, mut up) = (take(read, LinearKind::GateProj), take(read, LinearKind::UpProj));
-        self.linears(
-            &normed,
-            &mut [(LinearKind::GateProj, &mut gate), (LinearKind::UpProj, &mut up)],
-        )?;
-        low.add(LinearKind::GateProj, &normed, &mut gate);
-        low.add(LinearKind::UpProj, &normed, &mut up);
-        scratch.give([normed]);
-
+        let [gate, up] = self.gate_and_up(&middle, &mut low)?;
         let mut output = Vec::new();
         if wants_output || self.terms.has(LinearKind::DownProj) {
             let active = self.active(&gate, &up);
@@ -178,20 +104,53 @@ impl LayerOp {
             scratch.give([active]);
         }
         let low = low.finish();
-        Ok((
-            output,
-            Kept {
-                q,
-                k,
-                v,
-                mixed,
-                log_sums,
-                middle,
-                gate,
-                up,
-                low,
-            },
-        ))
+        let kept = Kept {
+            q,
+            k,
+            v,
+            mixed,
+            log_sums,
+            middle,
+            gate,
+            up,
+            low,
+        };
+        Ok((output, kept))
+    }
+
+    fn queries_keys_values(&self, x: &[f32], low: &mut Forward) -> Result<[Vec<f32>; 3]> {
+        use LinearKind::{KProj, QProj, VProj};
+        let hidden = self.width(LinearKind::DownProj);
+        let normed = self.normed(x, &self.block.input_norm)?;
+        let tokens = x.len() / hidden;
+        let take = |rows: usize, kind| self.scratch.take(rows * self.width(kind));
+        let mut q = take(self.read.sequences.queries(), QProj);
+        let (mut k, mut v) = (take(tokens, KProj), take(tokens, VProj));
+        let asking = self.pick(&normed, hidden);
+        match &asking {
+            None => self.linears(&normed, &mut [(QProj, &mut q), (KProj, &mut k), (VProj, &mut v)])?,
+            Some(asking) => {
+                self.linears(asking, &mut [(QProj, &mut q)])?;
+                self.linears(&normed, &mut [(KProj, &mut k), (VProj, &mut v)])?;
+            }
+        }
+        low.add(QProj, asking.as_ref().unwrap_or(&normed), &mut q);
+        low.add(KProj, &normed, &mut k);
+        low.add(VProj, &normed, &mut v);
+        self.scratch.give(asking.into_iter().chain([normed]));
+        Ok([q, k, v])
+    }
+
+    fn gate_and_up(&self, middle: &[f32], low: &mut Forward) -> Result<[Vec<f32>; 2]> {
+        use LinearKind::{GateProj, UpProj};
+        let normed = self.normed(middle, &self.block.post_attention_norm)?;
+        let len = self.read.sequences.queries() * self.width(GateProj);
+        let (mut gate, mut up) = (self.scratch.take(len), self.scratch.take(len));
+        self.linears(&normed, &mut [(GateProj, &mut gate), (UpProj, &mut up)])?;
+        low.add(GateProj, &normed, &mut gate);
+        low.add(UpProj, &normed, &mut up);
+        self.scratch.give([normed]);
+        Ok([gate, up])
     }
 
     /// The rows of `data` that are read, where that is not all.
@@ -282,50 +241,5 @@ impl LayerOp {
     /// Adds the frozen part; the layers that end a residual branch have no bias.
     fn add_linear(&self, kind: LinearKind, x: &[f32], sum: &mut [f32]) {
         low_rank::multiply_into(self.matrix(kind), x, sum, true);
-    }
-}
-
-impl CustomOp2 for LayerOp {
-    fn name(&self) -> &'static str {
-        "decoder-layer"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, lx: &Layout, factors: &CpuStorage, lf: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (_, hidden) = lx.shape().dims2()?;
-        let (x, factors) = (ops::floats(x, lx, self.name())?, ops::floats(factors, lf, self.name())?);
-        let (output, kept) = self.forward(x, factors, true)?;
-        let shape = Shape::from((output.len() / hidden, hidden));
-        match self.keeps {
-            true => *self.kept.lock().unwrap_or_else(PoisonError::into_inner) = Some(kept),
-            false => self.give(kept),
-        }
-        Ok((CpuStorage::F32(output), shape))
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        factors: &Tensor,
-        _y: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let grad = grad.contiguous()?;
-        let (floats, values) = (host_floats(x)?, host_floats(factors)?);
-        // What was kept goes with the first backward pass, so that its memory serves the layers below.
-        let kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let kept = match kept {
-            Some(kept) => kept,
-            None => {
-                let (output, kept) = self.forward(&floats, &values, false)?;
-                self.scratch.give([output]);
-                kept
-            }
-        };
-        let (dx, dfactors) = self.backward(&floats, kept, &host_floats(&grad)?, x.track_op())?;
-        let dx = dx.map(|dx| Tensor::from_vec(dx, x.shape(), x.device())).transpose()?;
-        let dfactors = factors
-            .track_op()
-            .then(|| Tensor::from_vec(dfactors, factors.shape(), factors.device()));
-        Ok((dx, dfactors.transpose()?))
     }
 }

@@ -176,11 +176,7 @@ impl<'a> TrainPass<'a> {
             checkpointing: self.checkpoints.is_some(),
             scratch: &self.llama.scratch,
         };
-        let mut x = self.llama.embed(tokens)?;
-        for (layer, block) in self.llama.blocks.iter().enumerate() {
-            let is_last = layer + 1 == self.llama.blocks.len();
-            x = training.run(block, layer, &x, if is_last { &last } else { &all })?;
-        }
+        let x = training.run(&self.llama.blocks, 0, &self.llama.embed(tokens)?, [&all, &last])?;
         if rows == wanted {
             return Ok(x);
         }

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Turned, multiply, multiply_turned, outer};
 use crate::lora::{Adapter, Dropout, LinearKind, Mask};
@@ -35,8 +35,8 @@ impl Term {
 }
 
 impl Terms {
-    /// The terms of a layer, and all their factors one behind the other, differentiably.
-    pub fn of(adapter: Option<&Adapter>, layer: usize) -> Result<(Self, Tensor)> {
+    /// The terms of a layer, and their factors, flat, in the order in which they lie one behind the other.
+    pub fn of(adapter: Option<&Adapter>, layer: usize) -> Result<(Self, Vec<Tensor>)> {
         let (mut terms, mut factors, mut start) = (Vec::new(), Vec::new(), 0);
         for kind in LinearKind::ALL {
             let Some(pair) = adapter.and_then(|a| a.pair(layer, kind)) else {
@@ -55,10 +55,6 @@ impl Terms {
             factors.extend([pair.a.flatten_all()?, pair.b.flatten_all()?]);
         }
         let scale = adapter.map_or(0.0, |a| a.config().scale() as f32);
-        let factors = match terms.is_empty() {
-            true => Tensor::zeros(1, DType::F32, &Device::Cpu)?,
-            false => Tensor::cat(&factors, 0)?,
-        };
         Ok((Self { terms, scale }, factors))
     }
 
@@ -68,7 +64,7 @@ impl Terms {
 
     /// Elements of all factors.
     pub fn len(&self) -> usize {
-        self.terms.last().map_or(1, |t| t.b().end)
+        self.terms.last().map_or(0, |t| t.b().end)
     }
 
     /// A forward pass through the terms.

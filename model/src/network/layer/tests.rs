@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 
 use super::{Read, Training};
 use crate::cpu::{Scratch, Sequences};
@@ -79,7 +79,8 @@ impl Case {
             }),
             rows: self.rows.as_deref().map(Into::into),
         };
-        let got = training.run(block, 0, input.as_tensor(), &read)?;
+        let blocks = std::slice::from_ref(block);
+        let got = training.run(blocks, 0, input.as_tensor(), [&read; 2])?;
         assert_close(&got, &want, 2e-5)?;
         let weights = random(want.dims(), 9)?;
         let (got, want) = ((got * &weights)?.sum_all()?, (want * &weights)?.sum_all()?);
@@ -98,7 +99,7 @@ impl Case {
             }
         }
         // Nothing below wants a gradient: the factors' are the same.
-        let below = training_without_input(&training, block, &input, &read)?;
+        let below = training.run(blocks, 0, &input.as_tensor().detach(), [&read; 2])?;
         let grads = (below * &weights)?.sum_all()?.backward()?;
         for (name, variable) in adapter.tensors() {
             if let (Some(want), 0.0) = (want.get(&variable), self.dropout) {
@@ -108,15 +109,6 @@ impl Case {
         }
         Ok(())
     }
-}
-
-fn training_without_input(
-    training: &Training,
-    block: &crate::network::block::Block,
-    input: &Var,
-    read: &Read,
-) -> Result<Tensor> {
-    training.run(block, 0, &input.as_tensor().detach(), read)
 }
 
 fn adapter(llama: &Llama, modules: &str) -> anyhow::Result<Adapter> {
