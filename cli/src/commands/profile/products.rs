@@ -68,7 +68,7 @@ pub fn measure(network: &Llama, points: &[ProfilePoint]) -> Option<Products> {
     let mut bar = Bar::new("products", sizes.len() as u64);
     for (i, &batch_size) in sizes.iter().enumerate() {
         let timings = network.time_products(batch_size)?;
-        let products_ms = timings.iter().map(|t| t.seconds * 1000.0).sum();
+        let products_ms: f64 = timings.iter().map(|t| t.seconds * 1000.0).sum();
         products.linears.extend(timings.iter().map(row));
         let of_size = points.iter().filter(|p| p.batch_size == batch_size);
         products.steps.extend(of_size.map(|p| StepRow {
