@@ -6,6 +6,20 @@
 #define TILE 32
 #define ATTEND_TILES_THREADS 128
 
+// Copies TILE keys or values of one head, from position `begin` on, into shared memory; 0 behind position `last`.
+template <typename T, int D>
+__device__ inline void load_tile(float *tile, const T *cache, const uint32_t *table, int begin, int last, int kv_width,
+                                 int kv_head) {
+    constexpr int VEC = Pack<T>::SIZE;
+    for (int i = threadIdx.x * VEC; i < TILE * D; i += blockDim.x * VEC) {
+        const int key = i / D, d = i % D;
+        Pack<T> p;
+        const bool there = begin + key <= last;
+        if (there) p = load_pack(cache + cache_slot(table, begin + key) * kv_width + kv_head * D + d);
+        for (int j = 0; j < VEC; j++) tile[key * (D + 1) + d + j] = there ? widen(p.v[j]) : 0.0f;
+    }
+}
+
 // One block per (tile of up to TILE queries of one sequence, head). Four threads share a query: each has the scores of
 // every fourth key, and every fourth element of the output.
 // - tile_rows: first row of each tile; tile_counts: its queries, whose positions follow one another
@@ -40,13 +54,7 @@ __device__ void attend_tiles(T *out, const T *qkv, const T *keys, const T *value
 
     for (int begin = first_visible(start, window) / TILE * TILE; begin <= last; begin += TILE) {
         __syncthreads(); // The values of the round before have been read.
-        for (int i = threadIdx.x * VEC; i < TILE * D; i += blockDim.x * VEC) {
-            const int key = i / D, d = i % D;
-            Pack<T> p;
-            const bool there = begin + key <= last;
-            if (there) p = load_pack(keys + cache_slot(table, begin + key) * kv_width + kv_head * D + d);
-            for (int j = 0; j < VEC; j++) tile[key * PITCH + d + j] = there ? widen(p.v[j]) : 0.0f;
-        }
+        load_tile<T, D>(tile, keys, table, begin, last, kv_width, kv_head);
         __syncthreads();
         float scores[TILE / 4];
 #pragma unroll
@@ -75,13 +83,7 @@ __device__ void attend_tiles(T *out, const T *qkv, const T *keys, const T *value
         best = top;
         weight = weight * old + sum_lanes(added, 4);
         __syncthreads(); // The keys have been read; the weights are written.
-        for (int i = threadIdx.x * VEC; i < TILE * D; i += blockDim.x * VEC) {
-            const int key = i / D, d = i % D;
-            Pack<T> p;
-            const bool there = begin + key <= last;
-            if (there) p = load_pack(values + cache_slot(table, begin + key) * kv_width + kv_head * D + d);
-            for (int j = 0; j < VEC; j++) tile[key * PITCH + d + j] = there ? widen(p.v[j]) : 0.0f;
-        }
+        load_tile<T, D>(tile, values, table, begin, last, kv_width, kv_head);
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < OWN; j++) sum[j] *= old;

@@ -6,11 +6,11 @@
 #define LOW_RANK_AT_ONCE 8
 
 // low[r] = scale[r] * (a x[r]), 0 where scale[r] is 0.
-// - x: [rows, width], row r begins at r * stride; a: [rank, width] f32; low: [rows, rank] f32; scale: [rows] f32
+// - x: [rows, width]; a: [rank, width] f32; low: [rows, rank] f32; scale: [rows] f32
 // A block takes LOW_RANK_ROWS rows and LOW_RANK_AT_ONCE ranks, so that a's rows are read once for several rows.
 template <typename T>
 __device__ void low_rank_down(float *low, const T *x, const float *a, const float *scale, int rows, int width,
-                              int stride, int rank) {
+                              int rank) {
     const int row = blockIdx.x * LOW_RANK_ROWS, first = blockIdx.y * LOW_RANK_AT_ONCE;
     const int row_count = min(LOW_RANK_ROWS, rows - row), rank_count = min(LOW_RANK_AT_ONCE, rank - first);
     bool any = false;
@@ -23,7 +23,7 @@ __device__ void low_rank_down(float *low, const T *x, const float *a, const floa
             float xs[LOW_RANK_ROWS];
 #pragma unroll
             for (int r = 0; r < LOW_RANK_ROWS; r++)
-                xs[r] = r < row_count ? widen(x[(size_t)(row + r) * stride + i]) : 0.0f;
+                xs[r] = r < row_count ? widen(x[(size_t)(row + r) * width + i]) : 0.0f;
 #pragma unroll
             for (int k = 0; k < LOW_RANK_AT_ONCE; k++) {
                 const float w = k < rank_count ? a[(size_t)(first + k) * width + i] : 0.0f;
@@ -58,8 +58,8 @@ __device__ void low_rank_up(T *out, const float *low, const float *b, const floa
 
 #define LOW_RANK_KERNELS(suffix, T)                                                                                    \
     extern "C" __global__ void low_rank_down_##suffix(float *low, const T *x, const float *a, const float *scale,      \
-                                                      int rows, int width, int stride, int rank) {                     \
-        low_rank_down<T>(low, x, a, scale, rows, width, stride, rank);                                                 \
+                                                      int rows, int width, int rank) {                                 \
+        low_rank_down<T>(low, x, a, scale, rows, width, rank);                                                         \
     }                                                                                                                  \
     REGISTER_KERNEL(low_rank_down_##suffix)                                                                            \
     extern "C" __global__ void low_rank_up_##suffix(T *out, const float *low, const float *b, const float *scale,      \

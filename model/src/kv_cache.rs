@@ -37,16 +37,14 @@ impl Store {
     fn on_device(model: &Llama, blocks: usize) -> Result<Self, ModelError> {
         let config = model.config();
         #[cfg(feature = "cuda")]
-        if model.device().is_cuda() {
-            let gpu = crate::gpu::Gpu::new(model.device())?;
-            let (slots, bytes) = (
-                blocks * BLOCK_TOKENS,
-                blocks * BLOCK_TOKENS * kv_bytes_per_token(config, model.dtype()),
-            );
-            let (free, _) = gpu.memory()?;
-            if bytes > free {
-                return Err(ModelError::NoMemory { needed: bytes, free });
+        if let candle_core::Device::Cuda(device) = model.device() {
+            let slots = blocks * BLOCK_TOKENS;
+            let needed = slots * kv_bytes_per_token(config, model.dtype());
+            let free = crate::gpu::free_memory(device)?;
+            if needed > free {
+                return Err(ModelError::NoMemory { needed, free });
             }
+            let gpu = crate::gpu::Gpu::new(model.device())?;
             return Ok(Self::Gpu(Box::new(crate::gpu::GpuCache::new(gpu, model, slots)?)));
         }
         let shape = (blocks * BLOCK_TOKENS, config.num_key_value_heads * config.head_dim);
@@ -178,8 +176,8 @@ impl KvCache {
 /// The device failed.
 pub fn tokens_that_fit(model: &Llama, rows: usize, segments: usize) -> Result<Option<usize>, ModelError> {
     #[cfg(feature = "cuda")]
-    if model.device().is_cuda() {
-        let (free, _) = crate::gpu::Gpu::new(model.device())?.memory()?;
+    if let candle_core::Device::Cuda(device) = model.device() {
+        let free = crate::gpu::free_memory(device)?;
         let passes = crate::gpu::pass_bytes(model.config(), model.dtype(), rows, segments);
         let left = (free / 10 * 9).saturating_sub(passes);
         return Ok(Some(left / kv_bytes_per_token(model.config(), model.dtype())));

@@ -135,13 +135,18 @@ impl Llama {
         cache: &'c mut KvCache,
         adapter: Option<&Adapter>,
     ) -> Result<&'c [f32], ModelError> {
-        let (tokens, positions) = self.check(segments, 0)?;
+        #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+        if let Store::Gpu(gpu) = &mut cache.store {
+            self.check(segments, 0)?;
+            gpu.launch(segments, adapter, &[])?;
+            gpu.logits(&mut cache.logits)?;
+            return Ok(&cache.logits);
+        }
+        pass::check(segments)?;
+        let (tokens, positions) = self.pack(segments.iter().map(|s| (s.tokens, s.start)))?;
         match &mut cache.store {
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-            Store::Gpu(gpu) => {
-                gpu.launch(segments, adapter, &[])?;
-                gpu.logits(&mut cache.logits)?;
-            }
+            Store::Gpu(_) => unreachable!("returned above"),
             Store::Host(host, workspace) => {
                 let spans = host::spans(segments);
                 let adapted: Vec<bool> = segments.iter().map(|s| s.adapted).collect();
@@ -229,39 +234,43 @@ impl Llama {
         Ok(merged)
     }
 
-    /// Every segment has tokens of this vocabulary at positions of this model, and blocks for them; returns them packed.
+    /// Every segment has tokens of this vocabulary at positions of this model, and blocks for them.
     ///
     /// - `drawn`: tokens that the pass before drew and a segment may refer to
-    fn check(&self, segments: &[Segment], drawn: usize) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    fn check(&self, segments: &[Segment], drawn: usize) -> Result<(), ModelError> {
         pass::check(segments)?;
-        self.pack(segments.iter().map(|s| (s.tokens, s.start)), drawn)
+        segments
+            .iter()
+            .try_for_each(|s| self.check_sequence(s.tokens, s.start, drawn))
+    }
+
+    fn check_sequence(&self, tokens: &[u32], start: usize, drawn: usize) -> Result<(), ModelError> {
+        let (end, max) = (start + tokens.len(), self.rope.positions());
+        if end > max {
+            return Err(ModelError::PromptTooLong { got: end, max });
+        }
+        let vocab_size = self.config.vocab_size;
+        let known = |token: u32| match draw::segment_of(token) {
+            Some(segment) => segment < drawn,
+            None => (token as usize) < vocab_size,
+        };
+        match tokens.iter().find(|t| !known(**t)) {
+            Some(&token) => Err(ModelError::UnknownToken { token, vocab_size }),
+            None => Ok(()),
+        }
     }
 
     /// All tokens of a batch one behind the other, and the position of each in its own sequence.
     fn pack<'a>(
         &self,
         sequences: impl Iterator<Item = (&'a [u32], usize)>,
-        drawn: usize,
     ) -> Result<(Vec<u32>, Arc<[u32]>), ModelError> {
         let (mut tokens, mut positions) = (Vec::new(), Vec::new());
         for (sequence, start) in sequences {
-            let end = start + sequence.len();
-            let max = self.rope.positions();
-            if end > max {
-                return Err(ModelError::PromptTooLong { got: end, max });
-            }
-            let known = |token: u32| match draw::segment_of(token) {
-                Some(segment) => segment < drawn,
-                None => (token as usize) < self.config.vocab_size,
-            };
-            if let Some(&token) = sequence.iter().find(|t| !known(**t)) {
-                return Err(ModelError::UnknownToken {
-                    token,
-                    vocab_size: self.config.vocab_size,
-                });
-            }
+            self.check_sequence(sequence, start, 0)?;
             tokens.extend_from_slice(sequence);
-            positions.extend(start as u32..end as u32);
+            positions.extend(start as u32..(start + sequence.len()) as u32);
         }
         Ok((tokens, positions.into()))
     }

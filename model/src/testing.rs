@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::config::RopeScaling;
-use crate::{Llama, ModelConfig, Quantization, Weights};
+use crate::{Adapter, Llama, LoraConfig, ModelConfig, Quantization, TargetModules, Weights};
 
 /// A very small Llama with grouped heads.
 pub fn config() -> ModelConfig {
@@ -81,4 +81,21 @@ fn weights(config: &ModelConfig) -> anyhow::Result<Weights> {
         }
     }
     Ok(Weights::from_tensors(tensors, DType::F32, &Device::Cpu))
+}
+
+/// An adapter of all linear layers that changes what they give.
+pub fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
+    let config = LoraConfig {
+        target_modules: "all-linear".parse::<TargetModules>().expect("known"),
+        ..Default::default()
+    };
+    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
+    // B is zero at the start: give it values, or nothing is tested.
+    for (name, tensor) in adapter.tensors() {
+        if name.contains("lora_B") {
+            let values = crate::ops::testing::random(tensor.dims(), name.len() as u64)?;
+            tensor.slice_set(&(values * 0.2)?, 0, 0)?;
+        }
+    }
+    Ok(adapter)
 }

@@ -123,18 +123,6 @@ impl Gpu {
         }
     }
 
-    /// Bytes that are free, of how many.
-    #[cfg(feature = "cuda")]
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        match self {
-            #[cfg(feature = "cuda")]
-            Self::Cuda(gpu) => gpu.memory(),
-            // No memory of its own.
-            #[cfg(feature = "kernel-emulation")]
-            Self::Emulated(_) => Ok((usize::MAX, usize::MAX)),
-        }
-    }
-
     /// Copies words to the device; `from` may change as soon as this has returned.
     ///
     /// # Safety

@@ -134,11 +134,6 @@ impl CudaGpu {
         Ok(CudaBuffer { slice, address })
     }
 
-    pub fn memory(&self) -> Result<(usize, usize)> {
-        self.stream.synchronize().map_err(Error::wrap)?;
-        self.stream.context().mem_get_info().map_err(Error::wrap)
-    }
-
     /// # Safety
     /// As [`super::Gpu::upload`].
     pub unsafe fn upload(&self, to: Address, from: &[u32]) -> Result<()> {
@@ -292,6 +287,14 @@ fn data_type(dtype: DType) -> Result<blas_sys::cudaDataType> {
         DType::F16 => Ok(blas_sys::cudaDataType::CUDA_R_16F),
         other => bail!("cuBLAS: no product for {}", other.as_str()),
     }
+}
+
+/// Bytes that are free on the device once what was launched is done.
+pub(crate) fn free_memory(device: &CudaDevice) -> Result<usize> {
+    let stream = device.cuda_stream();
+    stream.synchronize().map_err(Error::wrap)?;
+    let (free, _) = stream.context().mem_get_info().map_err(Error::wrap)?;
+    Ok(free)
 }
 
 /// Where a tensor's storage begins.

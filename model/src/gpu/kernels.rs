@@ -2,11 +2,15 @@
 //!
 //! All addresses are of the device; T is the model's dtype.
 
-use candle_core::{DType, Result, bail};
+mod attention;
+
+use candle_core::{DType, Result};
 
 use super::Gpu;
 use super::backend::{Address, Arg, Gemm, Launch, suffix};
 use crate::ops::AttentionShape;
+
+pub(crate) use attention::{AttendInputs, SingleRows};
 
 /// Threads of a block that works through a row.
 const ROW_THREADS: u32 = 256;
@@ -16,11 +20,6 @@ const ATTEND_THREADS: u32 = 128;
 const LOW_RANK: (usize, usize) = (4, 8);
 /// Most threads that draw a row's token.
 const SAMPLE_THREADS: usize = 1024;
-/// Query heads of one kv head that the row kernel is compiled for.
-const HEAD_GROUPS: [usize; 5] = [8, 7, 4, 2, 1];
-/// Head sizes that the tile kernel is compiled for.
-const TILE_HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
-
 /// Launches for one model.
 #[derive(Clone, Copy)]
 pub(crate) struct Kernels<'a> {
@@ -49,19 +48,6 @@ pub(crate) struct RopeInputs {
     pub q_norm: Address,
     pub k_norm: Address,
     pub eps: f32,
-}
-
-/// Where the rows of a pass find their sequences.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct AttendInputs {
-    /// `[rows, heads * head_dim]`.
-    pub out: Address,
-    /// `[rows, (heads + 2 kv_heads) * head_dim]`.
-    pub qkv: Address,
-    pub positions: Address,
-    pub sequence: Address,
-    pub tables: Address,
-    pub table_stride: usize,
 }
 
 impl Kernels<'_> {
@@ -207,130 +193,6 @@ impl Kernels<'_> {
         unsafe { self.launch("rope_cache", (rows, heads, 1), ATTEND_THREADS, 0, &args) }
     }
 
-    /// Query heads that one block of the row kernel takes.
-    pub fn head_group(shape: AttentionShape) -> usize {
-        let per_kv_head = shape.heads / shape.kv_heads;
-        HEAD_GROUPS
-            .into_iter()
-            .find(|g| per_kv_head.is_multiple_of(*g))
-            .unwrap_or(1)
-    }
-
-    /// Attention of single rows.
-    ///
-    /// - `rows`: `[count]`, which
-    /// - `splits`: parts that each row's keys are shared out in
-    /// - `partial`: `[count, heads, splits, head_dim + 2]` f32, unused where `splits` is 1
-    ///
-    /// # Safety
-    /// The addresses hold what is said here and at the inputs' fields.
-    pub unsafe fn attend_rows(
-        &self,
-        inputs: &AttendInputs,
-        cache: CacheLayer,
-        rows: Address,
-        count: usize,
-        splits: usize,
-        partial: Address,
-        shape: AttentionShape,
-    ) -> Result<()> {
-        let lanes = shape.head_dim.div_ceil(self.pack()).next_power_of_two();
-        if lanes > 32 || !shape.head_dim.is_multiple_of(self.pack()) {
-            bail!(
-                "attention: heads of {} elements are not supported on the GPU",
-                shape.head_dim
-            );
-        }
-        let group = Self::head_group(shape);
-        let args = [
-            Arg::Pointer(inputs.out),
-            Arg::Pointer(partial),
-            Arg::Pointer(inputs.qkv),
-            Arg::Pointer(cache.keys),
-            Arg::Pointer(cache.values),
-            Arg::Pointer(rows),
-            Arg::Pointer(inputs.positions),
-            Arg::Pointer(inputs.sequence),
-            Arg::Pointer(inputs.tables),
-            Arg::Int(inputs.table_stride as i32),
-            Arg::Int(shape.heads as i32),
-            Arg::Int(shape.kv_heads as i32),
-            Arg::Int(shape.head_dim as i32),
-            Arg::Int(lanes as i32),
-            Arg::Int(shape.window.unwrap_or(0) as i32),
-            Arg::Int(splits as i32),
-            Arg::Float(base_two_scale(shape)),
-        ];
-        let shared = 4 * group * (shape.head_dim + 2) * size_of::<f32>();
-        let grid = (count, shape.heads / group, splits);
-        // SAFETY: the caller's promise.
-        unsafe {
-            self.launch(
-                &format!("attend_rows/g{group}"),
-                grid,
-                ATTEND_THREADS,
-                shared as u32,
-                &args,
-            )?
-        };
-        if splits == 1 {
-            return Ok(());
-        }
-        let args = [
-            Arg::Pointer(inputs.out),
-            Arg::Pointer(partial),
-            Arg::Pointer(rows),
-            Arg::Int(shape.heads as i32),
-            Arg::Int(shape.head_dim as i32),
-            Arg::Int(splits as i32),
-        ];
-        // SAFETY: the caller's promise.
-        unsafe { self.launch("merge_splits", (count, shape.heads, 1), ATTEND_THREADS, 0, &args) }
-    }
-
-    /// Whether there is a tile kernel for heads of this size.
-    pub fn has_tiles(head_dim: usize) -> bool {
-        TILE_HEAD_DIMS.contains(&head_dim)
-    }
-
-    /// Attention of tiles of neighbouring rows of one sequence.
-    ///
-    /// - `tile_rows`, `tile_counts`: `[tiles]`, each tile's first row and its rows
-    ///
-    /// # Safety
-    /// The addresses hold what is said here and at the inputs' fields.
-    pub unsafe fn attend_tiles(
-        &self,
-        inputs: &AttendInputs,
-        cache: CacheLayer,
-        tile_rows: Address,
-        tile_counts: Address,
-        tiles: usize,
-        shape: AttentionShape,
-    ) -> Result<()> {
-        let args = [
-            Arg::Pointer(inputs.out),
-            Arg::Pointer(inputs.qkv),
-            Arg::Pointer(cache.keys),
-            Arg::Pointer(cache.values),
-            Arg::Pointer(tile_rows),
-            Arg::Pointer(tile_counts),
-            Arg::Pointer(inputs.positions),
-            Arg::Pointer(inputs.sequence),
-            Arg::Pointer(inputs.tables),
-            Arg::Int(inputs.table_stride as i32),
-            Arg::Int(shape.heads as i32),
-            Arg::Int(shape.kv_heads as i32),
-            Arg::Int(shape.window.unwrap_or(0) as i32),
-            Arg::Float(base_two_scale(shape)),
-        ];
-        let tile = super::inputs::TILE;
-        let shared = (2 * tile * (shape.head_dim + 1) + tile * (tile + 1)) * size_of::<f32>();
-        let name = format!("attend_tiles/d{}", shape.head_dim);
-        // SAFETY: the caller's promise.
-        unsafe { self.launch(&name, (tiles, shape.heads, 1), ATTEND_THREADS, shared as u32, &args) }
-    }
-
     /// `out = silu(gate) * up` of rows that hold both, gate first.
     ///
     /// # Safety
@@ -364,7 +226,6 @@ impl Kernels<'_> {
             Arg::Pointer(term.a),
             Arg::Pointer(scales),
             Arg::Int(rows as i32),
-            Arg::Int(term.inputs as i32),
             Arg::Int(term.inputs as i32),
             Arg::Int(term.rank as i32),
         ];
@@ -449,9 +310,4 @@ pub(crate) struct LowRank {
     pub outputs: usize,
     /// Elements from one row of the output to the next.
     pub out_stride: usize,
-}
-
-/// The scores' scale for a softmax with base 2.
-fn base_two_scale(shape: AttentionShape) -> f32 {
-    shape.scale() * std::f32::consts::LOG2_E
 }

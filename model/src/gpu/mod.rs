@@ -17,6 +17,8 @@ mod weights;
 mod workspace;
 
 pub(crate) use backend::{CopyBack, Gpu};
+#[cfg(feature = "cuda")]
+pub(crate) use cuda::free_memory;
 pub(crate) use pass::GpuCache;
 #[cfg(feature = "cuda")]
 pub(crate) use pass::pass_bytes;

@@ -3,31 +3,14 @@
 use candle_core::{Device, Tensor};
 
 use crate::ops::testing::assert_close;
-use crate::{
-    Adapter, BlockTable, Dropout, KvCache, Llama, LoraConfig, Quantization, Segment, TargetModules, TrainPass,
-    cross_entropy,
-};
+use crate::{Adapter, BlockTable, Dropout, KvCache, Llama, Quantization, Segment, TrainPass, cross_entropy};
 
 const PROMPTS: [&[u32]; 3] = [&[3, 9, 4, 1, 7, 8, 20, 21, 22, 23, 5], &[6], &[30, 31, 32]];
 
+use crate::testing::adapter;
+
 fn network() -> anyhow::Result<Llama> {
     crate::testing::network(&crate::testing::config())
-}
-
-fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
-    let config = LoraConfig {
-        target_modules: "all-linear".parse::<TargetModules>().expect("known"),
-        ..Default::default()
-    };
-    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
-    // B is zero at the start: give it values, or nothing is tested.
-    for (name, tensor) in adapter.tensors() {
-        if name.contains("lora_B") {
-            let values = crate::ops::testing::random(tensor.dims(), name.len() as u64)?;
-            tensor.slice_set(&(values * 0.2)?, 0, 0)?;
-        }
-    }
-    Ok(adapter)
 }
 
 /// Logits after every prefix end given by `chunks`, each chunk one forward pass; the last chunk's are returned.

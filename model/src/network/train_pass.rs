@@ -116,7 +116,7 @@ impl<'a> TrainPass<'a> {
 
     /// Hidden states at the packed positions `wanted`, before the last norm.
     fn hidden(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
-        let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)), 0)?;
+        let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)))?;
         let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
         if self.llama.blocks.iter().all(Block::runs_on_host) {
             return self.hidden_host(&tokens, positions, &lengths, wanted);

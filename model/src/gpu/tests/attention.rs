@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::rows::addresses;
 use super::*;
-use crate::gpu::kernels::{AttendInputs, CacheLayer, RopeInputs};
+use crate::gpu::kernels::{AttendInputs, CacheLayer, RopeInputs, SingleRows};
 use crate::ops::{self, AttentionShape, RopeTable, attend_stock};
 
 const BLOCK: usize = crate::BLOCK_TOKENS;
@@ -153,19 +153,14 @@ fn single_rows_attend_as_the_reference_does() -> Result<()> {
                     tables: gpu.address(&tables)?,
                     table_stride: 8,
                 };
-                let [listed_at, partial_at] = addresses(gpu, [&listed, &partial])?;
+                let singles = SingleRows {
+                    rows: gpu.address(&listed)?,
+                    count: 3,
+                    splits,
+                    partial: gpu.address(&partial)?,
+                };
                 // SAFETY: the tensors have the shapes that the kernels read and write.
-                unsafe {
-                    kernels(gpu, dtype).attend_rows(
-                        &inputs,
-                        cache.layer(gpu)?,
-                        listed_at,
-                        3,
-                        splits,
-                        partial_at,
-                        shape,
-                    )?;
-                }
+                unsafe { kernels(gpu, dtype).attend_rows(&inputs, cache.layer(gpu)?, singles, shape)? };
                 let out = read(&out)?;
                 for row in [0, 2, 3] {
                     let (sequence, position) = rows[row];

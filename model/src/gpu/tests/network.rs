@@ -3,10 +3,8 @@
 
 use lengthwise_core::SamplingParams;
 
-use crate::lora::TargetModules;
-use crate::{Adapter, BlockTable, KvCache, Llama, LoraConfig, ModelConfig, Sampler, Segment, drawn_token};
-
-use candle_core::Device;
+use crate::testing::adapter;
+use crate::{Adapter, BlockTable, KvCache, Llama, ModelConfig, Sampler, Segment, drawn_token};
 
 /// A prompt, a longer one than a tile, and a single token.
 fn prompts() -> [Vec<u32>; 3] {
@@ -34,22 +32,6 @@ fn configs() -> Vec<ModelConfig> {
         ..base.clone()
     };
     vec![base, heads_without_tiles, window, untied]
-}
-
-fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
-    let config = LoraConfig {
-        target_modules: "all-linear".parse::<TargetModules>().expect("known"),
-        ..Default::default()
-    };
-    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
-    // B is zero at the start: give it values, or nothing is tested.
-    for (name, tensor) in adapter.tensors() {
-        if name.contains("lora_B") {
-            let values = crate::ops::testing::random(tensor.dims(), name.len() as u64)?;
-            tensor.slice_set(&(values * 0.2)?, 0, 0)?;
-        }
-    }
-    Ok(adapter)
 }
 
 /// Logits of a prefill of all prompts, the first ones with the adapter, and of three steps on top, and the tokens drawn in

@@ -97,7 +97,7 @@ fn the_low_rank_term_is_added_to_rows_with_the_adapter_alone() -> Result<()> {
                 let scale = Tensor::new(&scales, device)?;
                 let before = values(&[ROWS, stride], 9, dtype, device)?;
                 let (out, low) = (before.copy()?, zeros(&[ROWS, rank], DType::F32, device)?);
-                let [o, x_at, a, b_at, low_at, s] = addresses(gpu, [&out, &x, &a, &b, &low, &scale]).map(|at| at)?;
+                let [o, x_at, a, b_at, low_at, s] = addresses(gpu, [&out, &x, &a, &b, &low, &scale])?;
                 let term = LowRank {
                     a,
                     b: b_at,
