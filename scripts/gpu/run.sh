@@ -1,5 +1,5 @@
 #!/bin/bash
-# Checks and measures everything on one machine with a GPU, in one call of less than half an hour:
+# Checks and measures everything on one machine with a GPU, in one call, meant for half an hour:
 #
 #   scripts/gpu/run.sh OUTPUT LENGTHS       # binaries of build.sh in target/gpu
 #
