@@ -9,7 +9,7 @@
 #include <stdint.h>
 #define REGISTER_KERNEL(name)
 #define DYNAMIC_SHARED(type, name)                            \
-    extern __shared__ __align__(16) unsigned char shared_bytes[]; \
+    extern __shared__ __align__(128) unsigned char shared_bytes[]; \
     type *name = reinterpret_cast<type *>(shared_bytes)
 #else
 #include "emulator/cuda.h"
@@ -20,6 +20,10 @@
 // Defines one extern "C" kernel per element type: M(suffix, T).
 #define FOR_EACH_DTYPE(M) \
     M(f32, float)         \
+    M(bf16, __nv_bfloat16) \
+    M(f16, __half)
+// The types that tensor cores take.
+#define FOR_EACH_HALF(M)   \
     M(bf16, __nv_bfloat16) \
     M(f16, __half)
 

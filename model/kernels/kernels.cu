@@ -3,6 +3,7 @@
 #include "attend_tiles.cuh"
 #include "low_rank.cuh"
 #include "norm.cuh"
+#include "probe.cuh"
 #include "rope.cuh"
 #include "rows.cuh"
 #include "sample.cuh"

@@ -26,17 +26,18 @@ extern unsigned char *dynamic_shared;
 
 enum class Wait { Ready, Warp, Block, Done };
 void wait(Wait for_whom);
-// Where the lanes of the running thread's warp leave what they shuffle.
-uint64_t *warp_slots();
+// Where a lane leaves what others of its warp read.
+using Slot = uint64_t[4];
+// Those of the running thread's warp.
+Slot *warp_slots();
 
 // A lane's value of another lane of its warp.
 template <typename V> V shuffle(V x, unsigned from) {
     static_assert(sizeof(V) <= sizeof(uint64_t), "shuffles move at most 8 bytes");
-    uint64_t *slots = warp_slots();
-    std::memcpy(&slots[thread.x % 32], &x, sizeof x);
+    std::memcpy(warp_slots()[thread.x % 32], &x, sizeof x);
     wait(Wait::Warp);
     V got;
-    std::memcpy(&got, &slots[from], sizeof got);
+    std::memcpy(&got, warp_slots()[from], sizeof got);
     wait(Wait::Warp);
     return got;
 }
@@ -122,3 +123,5 @@ inline __half __float2half(float x) {
     if (unit == -24) return {(uint16_t)(sign | steps)}; // Subnormal, or the carry into the smallest normal.
     return {(uint16_t)(sign | (((uint32_t)(unit + 25) << 10) + (steps - 1024)))};
 }
+
+#include "tensor_cores.h"

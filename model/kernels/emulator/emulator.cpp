@@ -1,6 +1,7 @@
 // Runs a launch block by block. Not thread safe: the caller launches one kernel at a time.
 #include "../kernels.cu"
 
+#include <array>
 #include <csetjmp>
 #include <cstdio>
 #include <map>
@@ -16,6 +17,14 @@ unsigned char *dynamic_shared;
 namespace {
 constexpr size_t STACK = 64 << 10, SHARED = 256 << 10;
 
+// A copy into shared memory, and the group that it belongs to.
+struct Copy {
+    void *to;
+    const void *from;
+    bool there;
+    size_t group;
+};
+
 // A context begins a thread on its own stack; jumps then go back and forth, without the system call of swapcontext.
 struct Fiber {
     ucontext_t context;
@@ -23,6 +32,8 @@ struct Fiber {
     bool begun;
     std::unique_ptr<unsigned char[]> stack;
     Wait waits;
+    std::vector<Copy> copies;
+    size_t groups;
 };
 
 std::map<std::string, Invoke> &kernels() {
@@ -31,14 +42,17 @@ std::map<std::string, Invoke> &kernels() {
 }
 
 std::vector<Fiber> fibers;
-std::vector<uint64_t> slots;
+std::vector<std::array<uint64_t, 4>> slots;
 std::jmp_buf scheduler;
 size_t running;
 Invoke current;
 void **current_arguments;
 bool backwards;
-alignas(16) unsigned char shared_memory[SHARED];
+// Aligned as tiles want it.
+alignas(128) unsigned char shared_memory[SHARED];
 char error[256];
+const char *faulted;
+size_t bank_conflicts;
 
 void run_thread() {
     current(current_arguments);
@@ -81,12 +95,15 @@ const char *run_block(size_t count) {
         makecontext(&fiber.context, run_thread, 0);
         fiber.waits = Wait::Ready;
         fiber.begun = false;
+        fiber.copies.clear();
+        fiber.groups = 0;
     }
     for (;;) {
         for (size_t n = 0; n < count; n++) {
             const size_t i = backwards ? count - 1 - n : n;
             if (fibers[i].waits == Wait::Ready) resume(i);
         }
+        if (faulted) return faulted;
         bool released = false;
         if (!release_warps(count, &released)) return "some lanes of a warp miss a shuffle";
         if (released) continue;
@@ -104,7 +121,34 @@ void wait(Wait for_whom) {
     if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
 }
 
-uint64_t *warp_slots() { return &slots[thread.x / 32 * 32]; }
+Slot *warp_slots() { return reinterpret_cast<Slot *>(&slots[thread.x / 32 * 32]); }
+
+void fault(const char *what) { faulted = what; }
+void count_bank_conflict() { bank_conflicts++; }
+
+namespace {
+void copy(const Copy &c) {
+    if (c.there) std::memcpy(c.to, c.from, 16);
+    else std::memset(c.to, 0, 16);
+}
+} // namespace
+
+// A copy arrives at once in one order of the threads, and as late as it may in the other: one shows what is overwritten
+// while it is read, the other what is read before it was waited for.
+void begin_copy(void *to, const void *from, bool there) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (there && reinterpret_cast<uintptr_t>(from) % 16 != 0))
+        return fault("an asynchronous copy is not aligned to 16 bytes");
+    const Copy begun = {to, from, there, fibers[running].groups};
+    if (backwards) fibers[running].copies.push_back(begun);
+    else copy(begun);
+}
+void commit_copies() { fibers[running].groups++; }
+void wait_for_copies(size_t pending) {
+    std::vector<Copy> &copies = fibers[running].copies;
+    size_t arrived = 0;
+    while (arrived < copies.size() && copies[arrived].group + pending < fibers[running].groups) copy(copies[arrived++]);
+    copies.erase(copies.begin(), copies.begin() + arrived);
+}
 
 Registered::Registered(const char *name, Invoke invoke) { kernels()[name] = invoke; }
 } // namespace emulator
@@ -112,6 +156,9 @@ Registered::Registered(const char *name, Invoke invoke) { kernels()[name] = invo
 // Whether the threads of a block run in the order of their numbers or against it: what differs between the two lacks a
 // barrier.
 extern "C" void emulator_backwards(bool backwards) { emulator::backwards = backwards; }
+
+// How many loads of matrices the last launch did from rows that share banks of the shared memory.
+extern "C" size_t emulator_bank_conflicts() { return emulator::bank_conflicts; }
 
 // Null, or one line that says what is wrong, valid until the next launch.
 extern "C" const char *emulator_launch(const char *name, const unsigned *grid, const unsigned *block, unsigned shared,
@@ -133,7 +180,9 @@ extern "C" const char *emulator_launch(const char *name, const unsigned *grid, c
     block_size = {block[0], 1, 1};
     grid_size = {grid[0], grid[1], grid[2]};
     if (fibers.size() < count) fibers = std::vector<Fiber>(count);
-    slots.assign(count, 0);
+    slots.assign(count, {});
+    faulted = nullptr;
+    bank_conflicts = 0;
     for (unsigned z = 0; z < grid[2]; z++)
         for (unsigned y = 0; y < grid[1]; y++)
             for (unsigned x = 0; x < grid[0]; x++) {

@@ -1,5 +1,6 @@
 //! The emulator of `model/kernels/emulator` behind the device's interface, and a plain matrix product.
 
+use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 use std::sync::Mutex;
 
@@ -17,6 +18,7 @@ unsafe extern "C" {
         arguments: *mut *mut c_void,
     ) -> *const c_char;
     fn emulator_backwards(backwards: bool);
+    fn emulator_bank_conflicts() -> usize;
 }
 
 /// The emulator runs one kernel at a time.
@@ -27,6 +29,8 @@ static RUNNING: Mutex<()> = Mutex::new(());
 pub(crate) struct EmulatedGpu {
     /// Runs the threads of a block in the opposite order: what then differs lacks a barrier.
     pub backwards: bool,
+    /// Loads of matrices, in all launches so far, from rows of shared memory that share banks.
+    pub bank_conflicts: Cell<usize>,
 }
 
 impl EmulatedGpu {
@@ -53,16 +57,18 @@ impl EmulatedGpu {
         let block = [launch.threads, 1, 1];
         let _running = RUNNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         // SAFETY: the caller's promise for what the arguments say; the lock for the emulator's own state.
-        let error = unsafe {
+        let (error, conflicts) = unsafe {
             emulator_backwards(self.backwards);
-            emulator_launch(
+            let error = emulator_launch(
                 name.as_ptr(),
                 launch.grid.as_ptr(),
                 block.as_ptr(),
                 launch.shared,
                 arguments.as_mut_ptr(),
-            )
+            );
+            (error, emulator_bank_conflicts())
         };
+        self.bank_conflicts.set(self.bank_conflicts.get() + conflicts);
         if error.is_null() {
             return Ok(());
         }

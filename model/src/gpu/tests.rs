@@ -7,6 +7,7 @@ mod attention;
 mod network;
 mod rows;
 mod sampling;
+mod tensor_cores;
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -19,7 +20,11 @@ use crate::ops::testing::{assert_close, random};
 fn on_each_device(test: impl Fn(&Gpu, &Device) -> Result<()>) -> Result<()> {
     #[cfg(feature = "kernel-emulation")]
     for backwards in [false, true] {
-        test(&Gpu::Emulated(super::emulated::EmulatedGpu { backwards }), &Device::Cpu)?;
+        let emulated = super::emulated::EmulatedGpu {
+            backwards,
+            ..Default::default()
+        };
+        test(&Gpu::Emulated(emulated), &Device::Cpu)?;
     }
     #[cfg(feature = "cuda")]
     match Device::new_cuda_with_stream(0) {
