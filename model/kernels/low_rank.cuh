@@ -32,28 +32,48 @@ __device__ void low_rank_down(float *low, const T *x, const float *a, const floa
             }
         }
     }
+    // Every warp's sums side by side, so that one barrier does for all of them.
+    __shared__ float parts[32][LOW_RANK_ROWS * LOW_RANK_AT_ONCE];
+    const int warp = threadIdx.x / 32;
 #pragma unroll
     for (int r = 0; r < LOW_RANK_ROWS; r++) {
 #pragma unroll
         for (int k = 0; k < LOW_RANK_AT_ONCE; k++) {
-            if (r >= row_count || k >= rank_count) continue; // The same for the whole block.
-            const float sum = block_sum(sums[r][k]);
-            if (threadIdx.x == 0) low[(size_t)(row + r) * rank + first + k] = scale[row + r] * sum;
+            const float sum = sum_lanes(sums[r][k], 32);
+            if (threadIdx.x % 32 == 0) parts[warp][r * LOW_RANK_AT_ONCE + k] = sum;
         }
     }
+    __syncthreads();
+    const int r = threadIdx.x / LOW_RANK_AT_ONCE, k = threadIdx.x % LOW_RANK_AT_ONCE;
+    if (r >= row_count || k >= rank_count) return;
+    float sum = 0;
+    for (int w = 0; w < (int)(blockDim.x / 32); w++) sum += parts[w][threadIdx.x];
+    low[(size_t)(row + r) * rank + first + k] = scale[row + r] * sum;
 }
 
-// out[r] += b low[r] on rows whose scale is not 0; grid (rows, parts of a row).
+// out[r] += b low[r] on rows whose scale is not 0; grid (LOW_RANK_ROWS rows each, parts of a row).
 // - out: [rows, width], row r begins at r * stride; b: [width, rank] f32; low: [rows, rank] f32
 template <typename T>
-__device__ void low_rank_up(T *out, const float *low, const float *b, const float *scale, int width, int stride,
-                            int rank) {
-    const int row = blockIdx.x, i = blockIdx.y * blockDim.x + threadIdx.x;
-    if (i >= width || scale[row] == 0.0f) return;
-    float sum = 0;
-    for (int k = 0; k < rank; k++) sum += low[(size_t)row * rank + k] * b[(size_t)i * rank + k];
-    T *to = out + (size_t)row * stride + i;
-    *to = narrow<T>(widen(*to) + sum);
+__device__ void low_rank_up(T *out, const float *low, const float *b, const float *scale, int rows, int width,
+                            int stride, int rank) {
+    const int row = blockIdx.x * LOW_RANK_ROWS, i = blockIdx.y * blockDim.x + threadIdx.x;
+    const int row_count = min(LOW_RANK_ROWS, rows - row);
+    if (i >= width) return;
+    float sums[LOW_RANK_ROWS];
+#pragma unroll
+    for (int r = 0; r < LOW_RANK_ROWS; r++) sums[r] = 0;
+    for (int k = 0; k < rank; k++) {
+        const float w = b[(size_t)i * rank + k];
+#pragma unroll
+        for (int r = 0; r < LOW_RANK_ROWS; r++)
+            if (r < row_count) sums[r] += low[(size_t)(row + r) * rank + k] * w;
+    }
+#pragma unroll
+    for (int r = 0; r < LOW_RANK_ROWS; r++) {
+        if (r >= row_count || scale[row + r] == 0.0f) continue;
+        T *to = out + (size_t)(row + r) * stride + i;
+        *to = narrow<T>(widen(*to) + sums[r]);
+    }
 }
 
 #define LOW_RANK_KERNELS(suffix, T)                                                                                    \
@@ -63,8 +83,8 @@ __device__ void low_rank_up(T *out, const float *low, const float *b, const floa
     }                                                                                                                  \
     REGISTER_KERNEL(low_rank_down_##suffix)                                                                            \
     extern "C" __global__ void low_rank_up_##suffix(T *out, const float *low, const float *b, const float *scale,      \
-                                                    int width, int stride, int rank) {                                 \
-        low_rank_up<T>(out, low, b, scale, width, stride, rank);                                                       \
+                                                    int rows, int width, int stride, int rank) {                       \
+        low_rank_up<T>(out, low, b, scale, rows, width, stride, rank);                                                 \
     }                                                                                                                  \
     REGISTER_KERNEL(low_rank_up_##suffix)
 

@@ -235,6 +235,7 @@ impl Kernels<'_> {
             Arg::Pointer(low),
             Arg::Pointer(term.b),
             Arg::Pointer(scales),
+            Arg::Int(rows as i32),
             Arg::Int(term.outputs as i32),
             Arg::Int(term.out_stride as i32),
             Arg::Int(term.rank as i32),
@@ -243,7 +244,7 @@ impl Kernels<'_> {
         // SAFETY: the caller's promise.
         unsafe {
             self.launch("low_rank_down", grid, ROW_THREADS, 0, &down)?;
-            self.launch("low_rank_up", (rows, parts, 1), ROW_THREADS, 0, &up)
+            self.launch("low_rank_up", (grid.0, parts, 1), ROW_THREADS, 0, &up)
         }
     }
 
