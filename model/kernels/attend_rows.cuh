@@ -6,7 +6,8 @@
 // Keys that a group of lanes loads before it computes: hides the latency of the memory.
 #define KEYS_AHEAD 4
 
-// One block per (row, G query heads that share a kv head, part of the keys).
+// One block per (row and G query heads that share a kv head, part of the keys). Blocks of one row follow one another:
+// their heads lie side by side in the cache.
 //
 // `lanes` neighbouring threads hold one key, 16 bytes each; a block has 128 / lanes such groups, each with a running
 // softmax of the keys it saw. They are merged at the end: within a warp by shuffles, between warps in shared memory.
@@ -22,7 +23,8 @@ __device__ void attend_rows(T *out, float *partial, const T *qkv, const T *keys,
                             int lanes, int window, int splits, float scale) {
     constexpr int VEC = Pack<T>::SIZE;
     DYNAMIC_SHARED(float, shared);
-    const int row = rows[blockIdx.x], head = blockIdx.y * G, split = blockIdx.z;
+    const int head_groups = heads / G, listed = blockIdx.x / head_groups;
+    const int row = rows[listed], head = blockIdx.x % head_groups * G, split = blockIdx.y;
     const int kv_head = head / (heads / kv_heads), kv_width = kv_heads * head_dim;
     const int qkv_width = heads * head_dim + 2 * kv_width;
     const int groups = blockDim.x / lanes, group = threadIdx.x / lanes, lane = threadIdx.x % lanes;
@@ -130,7 +132,7 @@ __device__ void attend_rows(T *out, float *partial, const T *qkv, const T *keys,
         if (splits == 1) {
             out[((size_t)row * heads + head + g) * head_dim + d] = narrow<T>(mixed / total);
         } else {
-            float *to = partial + (((size_t)blockIdx.x * heads + head + g) * splits + split) * entry;
+            float *to = partial + (((size_t)listed * heads + head + g) * splits + split) * entry;
             to[d] = mixed;
             if (d == 0) {
                 to[head_dim] = top;

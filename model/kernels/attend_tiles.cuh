@@ -1,5 +1,5 @@
-// Attention of prompts: tiles of queries against tiles of keys from the cache, with a running softmax, so that no
-// matrix of scores is ever in memory. The causal mask and the window are positions compared.
+// Attention of prompts in f32, which tensor cores do not take: tiles of queries against tiles of keys from the cache, with
+// a running softmax, so that no matrix of scores is ever in memory. The causal mask and the window are positions compared.
 #pragma once
 #include "attention.cuh"
 
@@ -118,4 +118,4 @@ __device__ void attend_tiles(T *out, const T *qkv, const T *keys, const T *value
     ATTEND_TILES_KERNEL(suffix, T, 96)   \
     ATTEND_TILES_KERNEL(suffix, T, 128)
 
-FOR_EACH_DTYPE(ATTEND_TILES_KERNELS)
+ATTEND_TILES_KERNELS(f32, float)

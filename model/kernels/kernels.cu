@@ -1,6 +1,7 @@
 // All kernels, compiled as one: by nvcc to PTX, or by a C++ compiler for the emulator.
 #include "attend_rows.cuh"
 #include "attend_tiles.cuh"
+#include "attend_tiles_mma.cuh"
 #include "low_rank.cuh"
 #include "norm.cuh"
 #include "probe.cuh"

@@ -115,6 +115,7 @@ inline __half __float2half(float x) {
     const uint16_t sign = __float_as_uint(x) >> 16 & 0x8000;
     const float size = std::fabs(x);
     if (std::isnan(x)) return {0x7fff};
+    if (size == 0.0f) return {sign};
     if (size >= 65520.0f) return {(uint16_t)(sign | 0x7c00)};
     int exponent;
     std::frexp(size, &exponent); // size = f 2^exponent, f in [1/2, 1)

@@ -47,6 +47,7 @@ std::jmp_buf scheduler;
 size_t running;
 Invoke current;
 void **current_arguments;
+size_t shared_bytes;
 bool backwards;
 // Aligned as tiles want it.
 alignas(128) unsigned char shared_memory[SHARED];
@@ -68,23 +69,27 @@ void resume(size_t i) {
     setcontext(&fibers[i].context);
 }
 
-// Lets go of every warp whose threads all wait for each other; false where a part of one waits in vain.
-bool release_warps(size_t count, bool *released) {
-    for (size_t first = 0; first < count; first += 32) {
-        size_t waiting = 0, lanes = std::min<size_t>(32, count - first);
-        for (size_t i = first; i < first + lanes; i++) waiting += fibers[i].waits == Wait::Warp;
-        if (waiting > 0 && waiting < lanes) return false;
-        if (waiting == 0) continue;
+// Runs a warp until all its threads wait for the block or have ended; false where a part of it waits for the others in
+// vain.
+bool run_warp(size_t first) {
+    constexpr size_t lanes = 32;
+    for (;;) {
+        size_t waiting = 0;
+        for (size_t n = 0; n < lanes; n++) {
+            Fiber &fiber = fibers[first + (backwards ? lanes - 1 - n : n)];
+            if (fiber.waits == Wait::Ready) resume(&fiber - fibers.data());
+            if (faulted) return true;
+            waiting += fiber.waits == Wait::Warp;
+        }
+        if (waiting < lanes) return waiting == 0;
         for (size_t i = first; i < first + lanes; i++) fibers[i].waits = Wait::Ready;
-        *released = true;
     }
-    return true;
 }
 
 // Runs one block to its end; null, or what is wrong with the kernel.
 const char *run_block(size_t count) {
     // What a kernel did not write is no number.
-    std::memset(shared_memory, 0xff, sizeof shared_memory);
+    std::memset(shared_memory, 0xff, shared_bytes);
     for (size_t i = 0; i < count; i++) {
         Fiber &fiber = fibers[i];
         if (!fiber.stack) fiber.stack.reset(new unsigned char[STACK]);
@@ -99,14 +104,12 @@ const char *run_block(size_t count) {
         fiber.groups = 0;
     }
     for (;;) {
-        for (size_t n = 0; n < count; n++) {
-            const size_t i = backwards ? count - 1 - n : n;
-            if (fibers[i].waits == Wait::Ready) resume(i);
+        // Each warp as far as it gets alone: what it reads of others' before a barrier is not there yet.
+        const size_t warps = count / 32;
+        for (size_t n = 0; n < warps; n++) {
+            if (!run_warp(32 * (backwards ? warps - 1 - n : n))) return "some lanes of a warp miss a shuffle";
+            if (faulted) return faulted;
         }
-        if (faulted) return faulted;
-        bool released = false;
-        if (!release_warps(count, &released)) return "some lanes of a warp miss a shuffle";
-        if (released) continue;
         size_t done = 0;
         for (size_t i = 0; i < count; i++) done += fibers[i].waits == Wait::Done;
         if (done == count) return nullptr;
@@ -177,6 +180,7 @@ extern "C" const char *emulator_launch(const char *name, const unsigned *grid, c
     current = found->second;
     current_arguments = arguments;
     dynamic_shared = shared_memory;
+    shared_bytes = shared;
     block_size = {block[0], 1, 1};
     grid_size = {grid[0], grid[1], grid[2]};
     if (fibers.size() < count) fibers = std::vector<Fiber>(count);

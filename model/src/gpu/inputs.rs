@@ -4,9 +4,6 @@ use super::backend::Address;
 use crate::Segment;
 use crate::sampling::Draw;
 
-/// Queries that one block of the tile kernel takes (`TILE` in attend_tiles.cuh).
-pub(crate) const TILE: usize = 32;
-
 /// Words of a [`Draw`] on the device (`DRAW_WORDS` in sample.cuh).
 const DRAW_WORDS: usize = 6;
 
@@ -63,9 +60,9 @@ impl Inputs {
     /// Lays the segments out.
     ///
     /// - `scale`: the adapter's, where there is one
-    /// - `tiled`: whether rows of one segment may attend together
+    /// - `tile`: how many rows of one segment may attend together, if any may
     /// - `draws`: of every segment, or none where no token is drawn
-    pub fn fill(&mut self, segments: &[Segment], scale: Option<f32>, tiled: bool, draws: &[Option<Draw>]) {
+    pub fn fill(&mut self, segments: &[Segment], scale: Option<f32>, tile: Option<usize>, draws: &[Option<Draw>]) {
         let rows: usize = segments.iter().map(|s| s.tokens.len()).sum();
         self.words.clear();
         self.rows = rows;
@@ -77,7 +74,7 @@ impl Inputs {
             .max()
             .unwrap_or(0)
             .next_power_of_two();
-        let alone = |s: &&Segment| !tiled || s.tokens.len() == 1;
+        let alone = |s: &&Segment| tile.is_none() || s.tokens.len() == 1;
         self.longest_single = segments
             .iter()
             .filter(alone)
@@ -106,7 +103,7 @@ impl Inputs {
         }
         self.begin(Part::LastScales);
         self.words.extend(segments.iter().map(scale));
-        self.lay_attention(segments, tiled);
+        self.lay_attention(segments, tile);
         self.begin(Part::LastRows);
         for (first, segment) in first_rows(segments) {
             self.words.push((first + segment.tokens.len() - 1) as u32);
@@ -124,8 +121,9 @@ impl Inputs {
     }
 
     /// Which rows attend alone, and which together.
-    fn lay_attention(&mut self, segments: &[Segment], tiled: bool) {
-        let alone = |segment: &Segment| !tiled || segment.tokens.len() == 1;
+    fn lay_attention(&mut self, segments: &[Segment], tile: Option<usize>) {
+        let alone = |segment: &Segment| tile.is_none() || segment.tokens.len() == 1;
+        let tile = tile.unwrap_or(1);
         self.begin(Part::Singles);
         for (first, segment) in first_rows(segments).filter(|(_, s)| alone(s)) {
             self.words
@@ -135,7 +133,7 @@ impl Inputs {
         let tiles = || {
             let tiles_of = |(first, segment): (usize, &Segment)| {
                 let end = first + segment.tokens.len();
-                (first..end).step_by(TILE).map(move |row| (row, (end - row).min(TILE)))
+                (first..end).step_by(tile).map(move |row| (row, (end - row).min(tile)))
             };
             first_rows(segments).filter(|(_, s)| !alone(s)).flat_map(tiles_of)
         };
@@ -213,7 +211,7 @@ mod tests {
             },
         ];
         let mut inputs = Inputs::default();
-        inputs.fill(&segments, Some(2.0), true, &[None, None]);
+        inputs.fill(&segments, Some(2.0), Some(32), &[None, None]);
         let part = |part: Part, n: usize| &inputs.words[inputs.address(0, part) as usize / 4..][..n];
         assert_eq!(
             (inputs.rows, inputs.segments, inputs.singles, inputs.tiles),
@@ -233,7 +231,7 @@ mod tests {
         assert_eq!(part(Part::LastRows, 2), [0, 40]);
         assert_eq!(part(Part::LastScales, 2), [0, 2f32.to_bits()]);
         assert_eq!(part(Part::Tables, 2), tables[0].blocks());
-        inputs.fill(&segments, None, false, &[]);
+        inputs.fill(&segments, None, None, &[]);
         assert_eq!((inputs.singles, inputs.tiles, inputs.longest_single), (41, 0, 40));
         Ok(())
     }

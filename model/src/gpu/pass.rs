@@ -21,8 +21,9 @@ use launches::Launches;
 /// Sequences that a pass can have at most.
 const MOST_SEGMENTS: usize = 8192;
 
-/// Blocks of the row kernel that keep all of a large GPU's multiprocessors busy: twice the 132 of an H200.
-const BLOCKS_WANTED: usize = 264;
+/// Blocks of the row kernel that keep the memory of a large GPU busy: four on each of an H200's 132 multiprocessors, with
+/// 16 KiB each on their way.
+const BLOCKS_WANTED: usize = 528;
 
 /// Keys below which a row's attention is not shared out further.
 const LEAST_KEYS_PER_SPLIT: usize = 64;
@@ -94,9 +95,9 @@ impl GpuCache {
         if segments.len() > MOST_SEGMENTS {
             bail!("a pass takes at most {MOST_SEGMENTS} sequences, not {}", segments.len());
         }
-        let tiled = Kernels::has_tiles(self.config.head_dim);
+        let tile = Kernels::tile(self.config.head_dim, self.dtype);
         let scale = adapter.map(|a| a.config().scale() as f32);
-        self.inputs.fill(segments, scale, tiled, draws);
+        self.inputs.fill(segments, scale, tile, draws);
         self.draws = !draws.is_empty();
         let sizes = Sizes {
             rows: self.inputs.rows,

@@ -1,16 +1,19 @@
 //! The launches of both attention kernels.
 
-use candle_core::{Result, bail};
+use candle_core::{DType, Result, bail};
 
 use super::{ATTEND_THREADS, CacheLayer, Kernels};
 use crate::gpu::backend::{Address, Arg};
-use crate::gpu::inputs::TILE;
 use crate::ops::AttentionShape;
 
 /// Query heads of one kv head that the row kernel is compiled for.
 const HEAD_GROUPS: [usize; 5] = [8, 7, 4, 2, 1];
 /// Head sizes that the tile kernel is compiled for.
 const TILE_HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
+/// Queries that one block of the f32 tile kernel takes, and as many keys at once (`TILE` in attend_tiles.cuh).
+const TILE: usize = 32;
+/// Those of the kernel on tensor cores (`MMA_QUERIES` and `MMA_KEYS` in attend_tiles_mma.cuh).
+const MMA_TILE: usize = 64;
 
 /// Where the rows of a pass find their sequences.
 #[derive(Debug, Clone, Copy)]
@@ -92,7 +95,7 @@ impl Kernels<'_> {
             Arg::Float(base_two_scale(shape)),
         ];
         let shared = 4 * group * (shape.head_dim + 2) * size_of::<f32>();
-        let grid = (count, shape.heads / group, splits);
+        let grid = (count * (shape.heads / group), splits, 1);
         // SAFETY: the caller's promise.
         unsafe {
             self.launch(
@@ -118,12 +121,13 @@ impl Kernels<'_> {
         unsafe { self.launch("merge_splits", (count, shape.heads, 1), ATTEND_THREADS, 0, &args) }
     }
 
-    /// Whether there is a tile kernel for heads of this size.
-    pub fn has_tiles(head_dim: usize) -> bool {
-        TILE_HEAD_DIMS.contains(&head_dim)
+    /// Queries that one block of the tile kernel takes, where there is one for heads of this size.
+    pub fn tile(head_dim: usize, dtype: DType) -> Option<usize> {
+        let tile = if dtype == DType::F32 { TILE } else { MMA_TILE };
+        TILE_HEAD_DIMS.contains(&head_dim).then_some(tile)
     }
 
-    /// Attention of tiles of neighbouring rows of one sequence.
+    /// Attention of tiles of up to [`Self::tile`] neighbouring rows of one sequence.
     ///
     /// - `tile_rows`, `tile_counts`: `[tiles]`, each tile's first row and its rows
     ///
@@ -154,7 +158,11 @@ impl Kernels<'_> {
             Arg::Int(shape.window.unwrap_or(0) as i32),
             Arg::Float(base_two_scale(shape)),
         ];
-        let shared = (2 * TILE * (shape.head_dim + 1) + TILE * (TILE + 1)) * size_of::<f32>();
+        let shared = match self.dtype {
+            DType::F32 => (2 * TILE * (shape.head_dim + 1) + TILE * (TILE + 1)) * size_of::<f32>(),
+            // Queries, and two tiles each of keys and values.
+            dtype => 5 * MMA_TILE * shape.head_dim * dtype.size_in_bytes(),
+        };
         let name = format!("attend_tiles/d{}", shape.head_dim);
         // SAFETY: the caller's promise.
         unsafe { self.launch(&name, (tiles, shape.heads, 1), ATTEND_THREADS, shared as u32, &args) }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::rows::addresses;
+use super::tensor_cores::no_bank_conflicts;
 use super::*;
 use crate::gpu::kernels::{AttendInputs, CacheLayer, RopeInputs, SingleRows};
 use crate::ops::{self, AttentionShape, RopeTable, attend_stock};
@@ -177,22 +178,23 @@ fn single_rows_attend_as_the_reference_does() -> Result<()> {
 
 #[test]
 fn tiles_attend_as_the_reference_does() -> Result<()> {
-    // Sequence, first position and tokens: a prompt's first chunk of more than a tile, and a later chunk.
-    let chunks = [(0usize, 0usize, 45usize), (1, 50, 33)];
+    // Sequence, first position and tokens: a prompt's first chunk of more than a tile and of less, and later chunks.
+    let chunks = [(0usize, 0usize, 69usize), (1, 50, 78), (0, 80, 17), (1, 30, 5)];
+    let rows: usize = chunks.iter().map(|(_, _, n)| n).sum();
     on_each_device(|gpu, device| {
         for (dtype, tolerance) in DTYPES {
             for (heads, kv_heads, head_dim, window) in [
                 (2, 2, 16, None),
                 (4, 2, 32, Some(20)),
-                (2, 1, 64, None),
+                (2, 1, 64, Some(70)),
                 (1, 1, 80, Some(3)),
                 (1, 1, 96, None),
-                (1, 1, 128, None),
+                (2, 2, 128, None),
             ] {
                 let shape = shape(heads, kv_heads, head_dim, window);
                 let cache = Cache::new(shape, dtype, device)?;
-                let qkv = values(&[78, shape.q_width() + 2 * shape.kv_width()], 50, dtype, device)?;
-                let out = zeros(&[78, shape.q_width()], dtype, device)?;
+                let qkv = values(&[rows, shape.q_width() + 2 * shape.kv_width()], 50, dtype, device)?;
+                let out = zeros(&[rows, shape.q_width()], dtype, device)?;
                 let positions: Vec<u32> = chunks
                     .iter()
                     .flat_map(|(_, start, n)| *start as u32..(start + n) as u32)
@@ -200,7 +202,10 @@ fn tiles_attend_as_the_reference_does() -> Result<()> {
                 let sequence: Vec<u32> = chunks.iter().flat_map(|(s, _, n)| vec![*s as u32; *n]).collect();
                 let [positions, sequence] = [words(&positions, device)?, words(&sequence, device)?];
                 let tables = words(&BLOCKS.concat(), device)?;
-                let (firsts, counts) = (words(&[0, 32, 45, 77], device)?, words(&[32, 13, 32, 1], device)?);
+                let tile = Kernels::tile(head_dim, dtype).expect("a kernel for these heads");
+                let (firsts, counts) = tiles(&chunks.map(|(_, _, n)| n), tile);
+                let count = firsts.len();
+                let (firsts, counts) = (words(&firsts, device)?, words(&counts, device)?);
                 let inputs = AttendInputs {
                     out: gpu.address(&out)?,
                     qkv: gpu.address(&qkv)?,
@@ -211,7 +216,7 @@ fn tiles_attend_as_the_reference_does() -> Result<()> {
                 };
                 let [firsts, counts] = addresses(gpu, [&firsts, &counts])?;
                 // SAFETY: the tensors have the shapes that the kernel reads and writes.
-                unsafe { kernels(gpu, dtype).attend_tiles(&inputs, cache.layer(gpu)?, firsts, counts, 4, shape)? };
+                unsafe { kernels(gpu, dtype).attend_tiles(&inputs, cache.layer(gpu)?, firsts, counts, count, shape)? };
                 let mut row = 0;
                 for (sequence, start, n) in chunks {
                     let q = queries(&qkv, row..row + n, shape)?;
@@ -219,8 +224,24 @@ fn tiles_attend_as_the_reference_does() -> Result<()> {
                     assert_close(&read(&out)?.narrow(0, row, n)?, &want, tolerance)?;
                     row += n;
                 }
+                no_bank_conflicts(gpu);
             }
         }
         Ok(())
     })
+}
+
+/// The first row and the rows of each tile of chunks that follow one another.
+fn tiles(chunks: &[usize], tile: usize) -> (Vec<u32>, Vec<u32>) {
+    let mut first = 0;
+    let mut tiles = Vec::new();
+    for n in chunks {
+        tiles.extend(
+            (0..*n)
+                .step_by(tile)
+                .map(|at| ((first + at) as u32, tile.min(n - at) as u32)),
+        );
+        first += n;
+    }
+    tiles.into_iter().unzip()
 }
