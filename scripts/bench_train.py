@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(f"{batch}x{length}" for batch, length in SHAPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
+    parser.add_argument("--engines", default="peft,lengthwise,checkpointing", help="checkpointing: ours, with it")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -156,7 +157,7 @@ def main() -> None:
         return
     for name in args.models_used.split(","):
         for batch, length in (shape.split("x") for shape in args.shapes.split(",")):
-            for engine in ("peft", "lengthwise", "checkpointing"):
+            for engine in args.engines.split(","):
                 common = [str(args.models), "--lengthwise", args.lengthwise, "--steps", str(args.steps)]
                 common += ["--device", args.device, "--dtype", args.dtype]
                 row = child([*common, "--one", engine, name, batch, length])

@@ -1,4 +1,6 @@
-"""The rate at which the GPU copies memory, in TB/s read and written together: the floor of a decode step."""
+"""The rate at which the GPU copies memory, in TB/s read and written together: the floor of a decode step. As JSON."""
+
+import json
 
 import torch
 
@@ -13,4 +15,4 @@ for _ in range(20):
 ended.record()
 torch.cuda.synchronize()
 seconds = began.elapsed_time(ended) / 1e3 / 20
-print(f"{2 * source.numel() / seconds / 1e12:.2f} TB/s on {torch.cuda.get_device_name()}")
+print(json.dumps({"tb_per_s": 2 * source.numel() / seconds / 1e12, "gpu": torch.cuda.get_device_name()}))
