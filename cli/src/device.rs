@@ -54,8 +54,8 @@ pub fn open(choice: Option<DeviceChoice>) -> anyhow::Result<Device> {
 
 /// A GPU with one stream for all threads: candle's own choice is one per thread, and a model is loaded by one thread and
 /// run by another.
-fn gpu(number: usize) -> candle_core::Result<Device> {
-    let device = Device::new_cuda_with_stream(number)?;
+fn gpu(number: usize) -> anyhow::Result<Device> {
+    let device = Device::new_cuda_with_stream(number).map_err(without_backtrace)?;
     #[cfg(feature = "cuda")]
     if let Device::Cuda(cuda) = &device {
         // SAFETY: there is one stream, so nothing has to be ordered between two.
@@ -64,9 +64,28 @@ fn gpu(number: usize) -> candle_core::Result<Device> {
     Ok(device)
 }
 
+/// What went wrong in one line: candle writes a backtrace behind it where RUST_BACKTRACE is set.
+fn without_backtrace(err: candle_core::Error) -> anyhow::Error {
+    match err {
+        candle_core::Error::WithBacktrace { inner, .. } => without_backtrace(*inner),
+        err => anyhow::anyhow!("{err}"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn errors_of_a_device_are_one_line() {
+        let inner = candle_core::Error::Msg("no driver".to_owned());
+        let err = candle_core::Error::WithBacktrace {
+            inner: Box::new(inner),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        assert!(err.to_string().lines().count() > 1);
+        assert_eq!(without_backtrace(err).to_string(), "no driver");
+    }
 
     #[test]
     fn names_of_devices() {

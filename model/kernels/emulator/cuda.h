@@ -44,7 +44,8 @@ template <typename V> V shuffle(V x, unsigned from) {
 
 using Invoke = void (*)(void **arguments);
 struct Registered {
-    Registered(const char *name, Invoke invoke);
+    // `sizes`: the bytes of each argument, and a 0 behind them.
+    Registered(const char *name, Invoke invoke, const size_t *sizes);
 };
 
 template <auto kernel> struct Invoker;
@@ -52,11 +53,14 @@ template <typename... A, void (*kernel)(A...)> struct Invoker<kernel> {
     template <size_t... I> static void call(void **arguments, std::index_sequence<I...>) {
         kernel(*static_cast<A *>(arguments[I])...);
     }
+    static constexpr size_t sizes[] = {sizeof(A)..., 0};
     static void invoke(void **arguments) { call(arguments, std::index_sequence_for<A...>()); }
 };
 } // namespace emulator
 
-#define REGISTER_KERNEL(name) static emulator::Registered registered_##name(#name, emulator::Invoker<name>::invoke);
+#define REGISTER_KERNEL(name)                                                             \
+    static emulator::Registered registered_##name(#name, emulator::Invoker<name>::invoke, \
+                                                  emulator::Invoker<name>::sizes);
 #define DYNAMIC_SHARED(type, name) type *name = reinterpret_cast<type *>(emulator::dynamic_shared)
 
 #define threadIdx emulator::thread

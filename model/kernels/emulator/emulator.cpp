@@ -36,8 +36,13 @@ struct Fiber {
     size_t groups;
 };
 
-std::map<std::string, Invoke> &kernels() {
-    static std::map<std::string, Invoke> all;
+struct Kernel {
+    Invoke invoke;
+    std::vector<size_t> sizes;
+};
+
+std::map<std::string, Kernel> &kernels() {
+    static std::map<std::string, Kernel> all;
     return all;
 }
 
@@ -153,7 +158,11 @@ void wait_for_copies(size_t pending) {
     copies.erase(copies.begin(), copies.begin() + arrived);
 }
 
-Registered::Registered(const char *name, Invoke invoke) { kernels()[name] = invoke; }
+Registered::Registered(const char *name, Invoke invoke, const size_t *sizes) {
+    Kernel &kernel = kernels()[name];
+    kernel.invoke = invoke;
+    for (; *sizes > 0; sizes++) kernel.sizes.push_back(*sizes);
+}
 } // namespace emulator
 
 // Whether the threads of a block run in the order of their numbers or against it: what differs between the two lacks a
@@ -165,7 +174,7 @@ extern "C" size_t emulator_bank_conflicts() { return emulator::bank_conflicts; }
 
 // Null, or one line that says what is wrong, valid until the next launch.
 extern "C" const char *emulator_launch(const char *name, const unsigned *grid, const unsigned *block, unsigned shared,
-                                       void **arguments) {
+                                       void **arguments, size_t argument_count) {
     using namespace emulator;
     const auto fail = [&](const char *why) {
         std::snprintf(error, sizeof error, "kernel %s: %s", name, why);
@@ -173,11 +182,12 @@ extern "C" const char *emulator_launch(const char *name, const unsigned *grid, c
     };
     const auto found = kernels().find(name);
     if (found == kernels().end()) return fail("there is none of that name");
+    if (found->second.sizes.size() != argument_count) return fail("it takes another number of arguments");
     const size_t count = block[0];
     if (count == 0 || count > 1024 || count % 32 != 0 || block[1] != 1 || block[2] != 1)
         return fail("a block has 32 to 1024 threads, whole warps of them, in one dimension");
     if (shared > SHARED) return fail("too much shared memory");
-    current = found->second;
+    current = found->second.invoke;
     current_arguments = arguments;
     dynamic_shared = shared_memory;
     shared_bytes = shared;

@@ -16,6 +16,7 @@ unsafe extern "C" {
         block: *const c_uint,
         shared: c_uint,
         arguments: *mut *mut c_void,
+        argument_count: usize,
     ) -> *const c_char;
     fn emulator_backwards(backwards: bool);
     fn emulator_bank_conflicts() -> usize;
@@ -65,6 +66,7 @@ impl EmulatedGpu {
                 block.as_ptr(),
                 launch.shared,
                 arguments.as_mut_ptr(),
+                arguments.len(),
             );
             (error, emulator_bank_conflicts())
         };
