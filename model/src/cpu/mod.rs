@@ -7,12 +7,14 @@ mod attention;
 mod backward;
 mod cache;
 mod columns;
+mod instructions;
 mod matrix;
 mod packed_attention;
 mod panel;
 mod quantized;
 mod registers;
 mod scratch;
+mod share;
 mod turned;
 mod workspace;
 
