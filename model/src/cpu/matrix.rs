@@ -7,6 +7,7 @@ use rayon::prelude::*;
 
 use super::columns::{Columns, INNER_BLOCK, lane, panel};
 use super::instructions::Instructions;
+use super::memory::Memory;
 use super::panel::{Group, LANES, Lane, Output, Rows};
 use super::quantized::Q8Block;
 use super::share::{Cost, share};
@@ -29,8 +30,8 @@ pub(crate) struct Product<'a> {
 
 /// All panels of a matrix.
 pub(super) enum Panels {
-    F32(Vec<Lane>),
-    Q8(Vec<Q8Block>),
+    F32(Memory<Lane>),
+    Q8(Memory<Q8Block>),
 }
 
 /// Bytes of a block of rows: it stays in the second-level cache while all panels pass.
@@ -42,7 +43,7 @@ impl PackedMatrix {
     /// - `weight`: `[outputs, inputs]`, row by row
     pub fn pack(weight: &[f32], outputs: usize, inputs: usize) -> Self {
         assert_eq!(weight.len(), outputs * inputs, "a weight of another shape");
-        let mut panels = vec![Lane::ZERO; outputs.div_ceil(LANES) * inputs];
+        let mut panels = Memory::filled(Lane::ZERO, outputs.div_ceil(LANES) * inputs);
         panels.par_chunks_mut(inputs.max(1)).enumerate().for_each(|(p, panel)| {
             for (j, row) in weight[p * LANES * inputs..]
                 .chunks_exact(inputs)
@@ -63,14 +64,19 @@ impl PackedMatrix {
 
     /// The nearest 8-bit weight.
     pub fn quantized(&self) -> Self {
-        let blocks = |p: usize| {
+        let groups = self.inputs.div_ceil(Q8Block::ROWS);
+        let mut panels = Memory::filled(Q8Block::nearest(&[]), self.outputs.div_ceil(LANES) * groups);
+        panels.par_chunks_mut(groups.max(1)).enumerate().for_each(|(p, panel)| {
             self.with_lanes(p, (0, self.inputs), |lanes| {
-                lanes.chunks(Q8Block::ROWS).map(Q8Block::nearest).collect::<Vec<_>>()
-            })
-        };
-        let panels: Vec<Vec<Q8Block>> = (0..self.outputs.div_ceil(LANES)).into_par_iter().map(blocks).collect();
+                let nearest = lanes.chunks(Q8Block::ROWS).map(Q8Block::nearest);
+                panel
+                    .iter_mut()
+                    .zip(nearest)
+                    .for_each(|(block, nearest)| *block = nearest);
+            });
+        });
         Self {
-            panels: Panels::Q8(panels.concat()),
+            panels: Panels::Q8(panels),
             outputs: self.outputs,
             inputs: self.inputs,
         }
@@ -84,8 +90,8 @@ impl PackedMatrix {
     /// Bytes that the weights take.
     pub fn bytes(&self) -> usize {
         match &self.panels {
-            Panels::F32(lanes) => size_of_val(lanes.as_slice()),
-            Panels::Q8(blocks) => size_of_val(blocks.as_slice()),
+            Panels::F32(lanes) => size_of_val(&lanes[..]),
+            Panels::Q8(blocks) => size_of_val(&blocks[..]),
         }
     }
 
@@ -121,6 +127,14 @@ impl PackedMatrix {
     /// The weights as they are stored.
     pub(super) fn panels(&self) -> &Panels {
         &self.panels
+    }
+
+    /// The weights as bytes.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        let start = self.address(0);
+        // SAFETY: as many bytes as the panels take, all of them written when they were made: lanes and blocks are plain
+        // numbers without padding.
+        unsafe { std::slice::from_raw_parts(start, self.bytes()) }
     }
 
     /// The address of panel `p`, or of where it would be.
