@@ -15,14 +15,16 @@ mod quantized;
 mod registers;
 mod scratch;
 mod share;
+mod team;
 mod turned;
 mod workspace;
 
-pub(crate) use attention::{Span, attend};
+pub(crate) use attention::{Attention, Span, attend};
 pub(crate) use backward::{Turned, multiply_turned, outer};
 pub(crate) use cache::HostCache;
 pub(crate) use matrix::{PackedMatrix, Product, multiply, product};
 pub(crate) use packed_attention::{Attended, Sequences, attend_packed, attend_packed_backward};
 pub(crate) use panel::{Output, Rows};
 pub(crate) use scratch::Scratch;
+pub(crate) use share::each;
 pub(crate) use workspace::Workspace;
