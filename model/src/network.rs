@@ -162,7 +162,6 @@ impl Llama {
                 let adapted: Vec<bool> = segments.iter().map(|s| s.adapted).collect();
                 let pass = host::HostPass {
                     tokens: &tokens,
-                    positions: &positions,
                     spans: &spans,
                     adapter,
                     adapted: &adapted,

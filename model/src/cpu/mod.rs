@@ -17,10 +17,11 @@ mod reading;
 mod registers;
 mod scratch;
 mod share;
+mod team;
 mod turned;
 mod workspace;
 
-pub(crate) use attention::{Span, attend};
+pub(crate) use attention::{Attention, Span, attend};
 pub(crate) use backward::{Turned, multiply_turned, outer};
 pub(crate) use cache::HostCache;
 pub(crate) use matrix::{PackedMatrix, Product, multiply, product};
@@ -28,4 +29,5 @@ pub(crate) use packed_attention::{Attended, Sequences, attend_packed, attend_pac
 pub(crate) use panel::{Output, Rows};
 pub(crate) use reading::read_weights;
 pub(crate) use scratch::Scratch;
+pub(crate) use share::each;
 pub(crate) use workspace::Workspace;

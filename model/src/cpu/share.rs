@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::team::spread;
+
 /// What all units together are about to take.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Cost {
@@ -39,11 +41,22 @@ pub(super) fn share(units: usize, cost: Cost, run: impl Fn(Range<usize>, bool) +
         return run(0..units, false);
     }
     let at_once = (units * MICROSECONDS_AT_ONCE / cost.microseconds()).max(1);
+    stretches(units, threads, at_once, &run);
+}
+
+/// Runs `job` with every number below `count`, in the same way on up to `threads` threads.
+pub(crate) fn each(count: usize, threads: usize, job: impl Fn(usize) + Sync) {
+    match threads.min(count) {
+        0 | 1 => (0..count).for_each(job),
+        threads => stretches(count, threads, 1, &|range: Range<usize>, _| range.for_each(&job)),
+    }
+}
+
+fn stretches(units: usize, threads: usize, at_once: usize, run: &(impl Fn(Range<usize>, bool) + Sync)) {
     let stretches: Vec<Stretch> = (0..threads)
         .map(|t| Stretch::new(units * t / threads..units * (t + 1) / threads))
         .collect();
-    let work = || {
-        let own = rayon::current_thread_index().unwrap_or(0) % threads;
+    spread(threads, &|own| {
         while let Some((range, more)) = stretches[own].first(at_once) {
             run(range, more);
         }
@@ -52,17 +65,7 @@ pub(super) fn share(units: usize, cost: Cost, run: impl Fn(Range<usize>, bool) +
                 run(range, false);
             }
         }
-    };
-    spread(threads, &work);
-}
-
-/// Runs `work` on `threads` threads, or on fewer where they are busy.
-fn spread(threads: usize, work: &(impl Fn() + Sync)) {
-    if threads <= 1 {
-        return work();
-    }
-    let half = threads / 2;
-    rayon::join(|| spread(threads - half, work), || spread(half, work));
+    });
 }
 
 /// What is left of a thread's units: the first in the high half, the end in the low one. On cache lines of its own.
