@@ -7,6 +7,7 @@ mod device;
 mod error;
 mod history;
 mod inputs;
+mod interrupt;
 mod logging;
 mod output;
 mod predictions;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, Quantile, RequestId};
+use lengthwise_decoder::EngineConfig;
 use lengthwise_model::{Adapter, LengthHead, LoadedModel};
 use lengthwise_predictor::{
     ConstantPredictor, FallbackPredictor, HeadPredictor, LlmPredictor, Question, RemotePredictor,
@@ -16,7 +17,7 @@ use lengthwise_train::files::read_predictions;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::inputs::{CacheArgs, default_slots, local_decoder};
+use crate::inputs::{default_slots, local_decoder};
 
 /// Sources of predictions.
 #[derive(Args, Clone)]
@@ -50,7 +51,7 @@ pub fn scheduled_length(estimate: &LengthEstimate, strategy: Strategy, admit_qua
 }
 
 /// Inputs that one call predicts.
-const CHUNK: usize = 256;
+pub const CHUNK: usize = 256;
 
 /// A predictor that runs the model in this process: the head of the adapter's folder where there is one, else the model
 /// is asked.
@@ -66,12 +67,7 @@ pub fn local_predictor(
         let head = LengthHead::load(folder, config.hidden_size, device)?;
         return Ok(Box::new(HeadPredictor::new(model.clone(), adapter, head)));
     }
-    let decoder = local_decoder(
-        model,
-        adapter,
-        default_slots(),
-        CacheArgs { kv_cache_tokens: None }.engine(),
-    )?;
+    let decoder = local_decoder(model, adapter, default_slots(), EngineConfig::default())?;
     Ok(Box::new(LlmPredictor::new(decoder, question, fallback)))
 }
 

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
-use lengthwise_model::{Adapter, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit};
+use lengthwise_model::{
+    Adapter, BLOCK_TOKENS, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit,
+};
 
 use crate::SequenceRequest;
 use crate::sequence::Sequence;
@@ -12,8 +14,8 @@ use crate::sequence::Sequence;
 /// How much the engine may hold and do at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Tokens of the KV cache; `None`: as many as fit [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
-    pub kv_cache_tokens: Option<usize>,
+    /// What the KV cache may hold.
+    pub kv_budget: KvBudget,
     /// Most prompt tokens in one forward pass; longer prompts are run in chunks.
     pub max_prefill_tokens: usize,
 }
@@ -21,10 +23,21 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
-            kv_cache_tokens: None,
+            kv_budget: KvBudget::Memory,
             max_prefill_tokens: 2048,
         }
     }
+}
+
+/// Size of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvBudget {
+    /// What fits [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
+    Memory,
+    /// So many tokens.
+    Tokens(usize),
+    /// As many tokens as fit so many bytes.
+    Bytes(usize),
 }
 
 /// Size of the KV cache on a CPU where none is asked for.
@@ -54,12 +67,18 @@ struct Launched {
 
 /// Tokens of the KV cache: those asked for; else on a GPU what its memory holds, and on a CPU a fixed size.
 fn cache_tokens(model: &Llama, config: &EngineConfig) -> Result<usize, DecodeError> {
-    if let Some(tokens) = config.kv_cache_tokens {
-        return Ok(tokens);
+    // Whole blocks: the cache rounds up, and a budget is not to be exceeded.
+    let block = BLOCK_TOKENS * kv_bytes_per_token(model.config(), model.dtype());
+    let fit = |bytes: usize| bytes / block * BLOCK_TOKENS;
+    match config.kv_budget {
+        KvBudget::Tokens(tokens) => Ok(tokens),
+        KvBudget::Bytes(bytes) => Ok(fit(bytes)),
+        KvBudget::Memory => {
+            let rows = config.max_prefill_tokens + EXPECTED_SLOTS;
+            let free = tokens_that_fit(model, rows, EXPECTED_SLOTS).map_err(DecodeError::model)?;
+            Ok(free.unwrap_or(fit(DEFAULT_CACHE_BYTES)))
+        }
     }
-    let rows = config.max_prefill_tokens + EXPECTED_SLOTS;
-    let fit = tokens_that_fit(model, rows, EXPECTED_SLOTS).map_err(DecodeError::model)?;
-    Ok(fit.unwrap_or(DEFAULT_CACHE_BYTES / kv_bytes_per_token(model.config(), model.dtype())))
 }
 
 impl Engine {

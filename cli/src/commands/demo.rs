@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{Prompt, Request, SamplingParams};
-use lengthwise_decoder::LocalDecoder;
+use lengthwise_decoder::{EngineConfig, LocalDecoder};
 use lengthwise_model::{LoadedModel, LoraConfig};
 use lengthwise_predictor::{ConstantPredictor, Question};
 use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyRow};
@@ -27,7 +27,7 @@ use super::collect::collect_with_bar;
 use super::eval::{measure, median};
 use super::train::train_with_bar;
 use crate::args::Global;
-use crate::inputs::{CacheArgs, default_slots, local_decoder};
+use crate::inputs::{default_slots, local_decoder};
 use crate::output::{print, print_json};
 use crate::predictions::{ADMIT_QUANTILE, ask, local_predictor, scheduled_length};
 use crate::report::ReportData;
@@ -131,7 +131,7 @@ impl Demo<'_> {
     }
 
     fn decoder(&self, slots: NonZeroUsize) -> anyhow::Result<LocalDecoder> {
-        local_decoder(&self.model, None, slots, CacheArgs { kv_cache_tokens: None }.engine())
+        local_decoder(&self.model, None, slots, EngineConfig::default())
     }
 
     /// Writes instructions of one split, samples the model's answers and keeps their lengths.
