@@ -107,6 +107,10 @@ impl<'a> StaticExecutor<'a> {
             .map(|(s, before)| s.generated() - before)
             .max()
             .unwrap_or(0);
+        if let Some(recording) = &mut self.engine.recording {
+            let rows = part.iter().zip(&begun).map(|(s, before)| s.generated() - before);
+            recording.batch(rows, steps);
+        }
         Ok(PartRun {
             steps,
             slot_steps: u64::from(steps) * part.len() as u64 + recomputed,
