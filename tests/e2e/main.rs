@@ -7,4 +7,5 @@ mod hub;
 mod length_head;
 mod loading;
 mod pipeline;
+mod report;
 mod support;
