@@ -13,6 +13,8 @@ mod output;
 mod predictions;
 mod progress;
 mod report;
+mod slots;
+mod sweep;
 mod table;
 
 use std::process::ExitCode;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -18,6 +19,7 @@ use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::inputs::{default_slots, local_decoder};
+use crate::progress::{Bar, NO_BAR_FOR};
 
 /// Sources of predictions.
 #[derive(Args, Clone)]
@@ -134,6 +136,7 @@ pub fn look_up<T: Clone>(table: &HashMap<RequestId, T>, ids: &[RequestId], path:
 /// Asks a predictor for every prompt. One that cannot be predicted gets the cap, with a warning.
 pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) -> anyhow::Result<Vec<LengthEstimate>> {
     let mut estimates = Vec::with_capacity(prompts.len());
+    let (began, mut bar) = (Instant::now(), None);
     for chunk in prompts.chunks(CHUNK) {
         let input = |prompt: &Prompt| PredictInput {
             prompt: prompt.clone(),
@@ -146,6 +149,14 @@ pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) ->
                 LengthEstimate::fallback(cap)
             })
         }));
+        if began.elapsed() >= NO_BAR_FOR {
+            let new = || Bar::new("predicting", prompts.len() as u64);
+            bar.get_or_insert_with(new)
+                .set(estimates.len() as u64, |_| String::new());
+        }
+    }
+    if let Some(bar) = bar {
+        bar.finish();
     }
     Ok(estimates)
 }

@@ -82,10 +82,16 @@ impl Slots<'_> {
     }
 
     fn run_all(&mut self, slots: usize, on_output: &mut OutputSink) -> Result<(), DecodeError> {
+        if let Some(recording) = &mut self.engine.recording {
+            recording.open_slots(slots);
+        }
         loop {
             self.cancel(on_output)?;
             self.admit(slots);
             if self.running.is_empty() {
+                if let Some(recording) = &mut self.engine.recording {
+                    recording.close_slots(self.stats.steps);
+                }
                 return Ok(());
             }
             self.reserve_all()?;
@@ -146,6 +152,9 @@ impl Slots<'_> {
             };
             // What it had before it was preempted is computed a second time, from here on.
             self.stats.slot_steps += u64::from(sequence.generated());
+            if let Some(recording) = &mut self.engine.recording {
+                recording.enter(&sequence.request.id, self.stats.steps, sequence.generated());
+            }
             self.running.push(Running {
                 sequence,
                 number: next.item,
@@ -198,6 +207,11 @@ impl Slots<'_> {
     fn free(&mut self, slot: usize) -> Running {
         // Not swap_remove: the order of admission says who is preempted first.
         let mut running = self.running.remove(slot);
+        if let Some(recording) = &mut self.engine.recording {
+            let Sequence { request, finish, .. } = &running.sequence;
+            let tokens = running.sequence.generated();
+            recording.leave(&request.id, self.stats.steps, tokens, finish.is_none());
+        }
         self.engine.evict(&mut running.sequence);
         self.queue.release(running.cache_tokens);
         running

@@ -7,8 +7,10 @@ use lengthwise_core::DecodeError;
 use lengthwise_model::{
     Adapter, BLOCK_TOKENS, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit,
 };
+use lengthwise_scheduler::Timeline;
 
 use crate::SequenceRequest;
+use crate::recording::Recording;
 use crate::sequence::Sequence;
 
 /// How much the engine may hold and do at once.
@@ -57,6 +59,8 @@ pub struct Engine {
     ahead: Option<Launched>,
     /// Sequences that were given a number.
     runs: u64,
+    /// What the slots do, where somebody wants to know.
+    pub(crate) recording: Option<Recording>,
 }
 
 /// A pass, and whose tokens it draws: the number of each segment's sequence, or none.
@@ -116,6 +120,7 @@ impl Engine {
             config,
             ahead: None,
             runs: 0,
+            recording: None,
         })
     }
 
@@ -127,6 +132,18 @@ impl Engine {
     /// Tokens that the KV cache holds.
     pub fn cache_tokens(&self) -> usize {
         self.cache.capacity()
+    }
+
+    /// Records what every slot does in the next run of a strategy, for [`Engine::take_timeline`].
+    pub fn record_timeline(&mut self) {
+        self.recording = Some(Recording::default());
+    }
+
+    /// What was recorded since [`Engine::record_timeline`]; `None` without it. Its area is the run's slots × steps; what
+    /// is computed a second time for a sequence that lost its cache takes no step of its own, and is drawn where it was
+    /// computed first: as thrown away where the continuous mode preempted it.
+    pub fn take_timeline(&mut self) -> Option<Timeline> {
+        self.recording.take().map(Recording::into_timeline)
     }
 
     /// Whether a request can be run at all; asked before anything is decoded.

@@ -4,6 +4,7 @@ mod cancellation;
 mod continuous;
 mod engine;
 mod local;
+mod recording;
 mod sequence;
 mod static_batch;
 #[cfg(test)]

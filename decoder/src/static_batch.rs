@@ -198,6 +198,9 @@ impl StaticExecutor<'_> {
         result?;
         run.steps = part.iter().map(Row::steps).max().unwrap_or(0).max(run.steps);
         run.slot_steps += u64::from(run.steps) * part.len() as u64;
+        if let Some(recording) = &mut self.engine.recording {
+            recording.batch(part.iter().map(Row::steps), run.steps);
+        }
         let mut ended = Vec::new();
         for Row { mut sequence, .. } in part {
             let id = sequence.request.id.clone();

@@ -16,6 +16,7 @@ use crate::{Engine, EngineConfig, KvBudget, PredictedRequest, SequenceOutput, Se
 mod cancellation;
 #[cfg(feature = "kernel-emulation")]
 mod emulated;
+mod timeline;
 
 const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
