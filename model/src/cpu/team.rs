@@ -166,7 +166,7 @@ impl Drop for Section {
         let team = self.0.0;
         team.gate.fetch_and(!OPEN, Ordering::Relaxed);
         let mut looks = 0;
-        while team.gate.load(Ordering::Acquire) % PLACE > 0 {
+        while !team.gate.load(Ordering::Acquire).is_multiple_of(PLACE) {
             looks += 1;
             match looks % LOOKS {
                 0 => std::thread::yield_now(),

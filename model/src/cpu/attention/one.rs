@@ -139,7 +139,7 @@ impl Step<'_> {
             }
         }
         for (n, sum) in sums.into_iter().enumerate() {
-            if let Some(to) = out.part(h + n, b * LANES, LANES).as_mut_array() {
+            if let Some(to) = out.part(h + n, b * LANES, LANES).first_chunk_mut() {
                 sum.store(to);
             }
         }
