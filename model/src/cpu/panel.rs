@@ -289,7 +289,7 @@ pub(crate) fn prefetch(panel: &[Lane]) {
 }
 
 /// Into the first-level cache, for what is read at once.
-const NEAR: bool = true;
+pub(super) const NEAR: bool = true;
 /// Into the second-level cache: the first has too few places for lines on their way.
 pub(super) const FAR: bool = false;
 
