@@ -23,13 +23,17 @@ SHAPES = [(8, 128), (4, 512)]
 TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 
 
-def peft_run(folder: str, batch: int, length: int, steps: int, device: str, dtype: str) -> dict:
+def peft_run(args, folder: str, batch: int, length: int, checkpointing: bool) -> dict:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    steps, device = args.steps, args.device
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     torch.manual_seed(0)
@@ -137,15 +141,15 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(f"{batch}x{length}" for batch, length in SHAPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
-    parser.add_argument("--engines", default="peft,lengthwise,checkpointing", help="checkpointing: ours, with it")
+    parser.add_argument("--engines", default="peft,lengthwise,checkpointing", help="checkpointing: ours, with it; peft_checkpointing: theirs")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         engine, name, batch, length = args.one
         folder, batch, length = str(args.models / name), int(batch), int(length)
         card = Card() if args.device != "cpu" else None
-        if engine == "peft":
-            row = peft_run(folder, batch, length, args.steps, args.device, args.dtype)
+        if engine.startswith("peft"):
+            row = peft_run(args, folder, batch, length, engine == "peft_checkpointing")
         else:
             row = lengthwise_run(args, folder, batch, length, engine == "checkpointing")
             import resource

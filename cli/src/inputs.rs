@@ -8,7 +8,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use clap::Args;
 use lengthwise_core::RequestId;
-use lengthwise_decoder::{EngineConfig, LocalDecoder};
+use lengthwise_decoder::{EngineConfig, KvBudget, LocalDecoder};
 use lengthwise_model::{Adapter, LoadedModel};
 use lengthwise_scheduler::{AdmissionOrder, Planning, ScheduleConfig, Strategy};
 use lengthwise_train::files::{LengthRecord, read_lengths};
@@ -91,16 +91,33 @@ pub struct CacheArgs {
     /// Tokens that the KV cache holds [default: what fits 1 GiB, or nine tenths of a GPU's free memory]
     #[arg(long)]
     pub kv_cache_tokens: Option<usize>,
+    /// The same in bytes; K, M and G stand for 1024, 1024² and 1024³
+    #[arg(long, value_parser = parse_bytes, conflicts_with = "kv_cache_tokens")]
+    pub kv_cache_bytes: Option<usize>,
 }
 
 impl CacheArgs {
     /// The engine's settings.
     pub fn engine(self) -> EngineConfig {
+        let tokens = self.kv_cache_tokens.map(KvBudget::Tokens);
+        let bytes = self.kv_cache_bytes.map(KvBudget::Bytes);
         EngineConfig {
-            kv_cache_tokens: self.kv_cache_tokens,
+            kv_budget: tokens.or(bytes).unwrap_or(KvBudget::Memory),
             ..EngineConfig::default()
         }
     }
+}
+
+/// Bytes, with a unit or without.
+fn parse_bytes(text: &str) -> Result<usize, String> {
+    let (number, unit) = match text.char_indices().last() {
+        Some((at, 'K' | 'k')) => (&text[..at], 1 << 10),
+        Some((at, 'M' | 'm')) => (&text[..at], 1 << 20),
+        Some((at, 'G' | 'g')) => (&text[..at], 1 << 30),
+        _ => (text, 1_usize),
+    };
+    let bytes = number.parse::<usize>().ok().and_then(|n| n.checked_mul(unit));
+    bytes.ok_or_else(|| "expected a number of bytes, such as 1500000, 512M or 2G".to_owned())
 }
 
 /// Sequences that run at once where it is not the user's to say: enough to fill a CPU.
@@ -138,4 +155,18 @@ pub fn actual_length(record: &LengthRecord, actual: &str) -> anyhow::Result<u32>
     Ok(sample
         .with_context(|| format!("record {} has no sample at temperature {temperature}", record.id))?
         .tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_bytes;
+
+    #[test]
+    fn bytes_have_a_unit_or_none() {
+        let read: Vec<_> = ["0", "1500", "3K", "512M", "2g"].map(parse_bytes).into();
+        assert_eq!(read, [Ok(0), Ok(1500), Ok(3072), Ok(512 << 20), Ok(2 << 30)]);
+        for text in ["", "M", "-1", "1.5G", "2GB", "99999999999999999999", "99999999999G"] {
+            parse_bytes(text).expect_err(text);
+        }
+    }
 }

@@ -7,11 +7,14 @@ mod device;
 mod error;
 mod history;
 mod inputs;
+mod interrupt;
 mod logging;
 mod output;
 mod predictions;
 mod progress;
 mod report;
+mod slots;
+mod sweep;
 mod table;
 
 use std::process::ExitCode;

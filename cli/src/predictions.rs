@@ -3,10 +3,12 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, Quantile, RequestId};
+use lengthwise_decoder::EngineConfig;
 use lengthwise_model::{Adapter, LengthHead, LoadedModel};
 use lengthwise_predictor::{
     ConstantPredictor, FallbackPredictor, HeadPredictor, LlmPredictor, Question, RemotePredictor,
@@ -16,7 +18,8 @@ use lengthwise_train::files::read_predictions;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::inputs::{CacheArgs, default_slots, local_decoder};
+use crate::inputs::{default_slots, local_decoder};
+use crate::progress::{Bar, NO_BAR_FOR};
 
 /// Sources of predictions.
 #[derive(Args, Clone)]
@@ -50,7 +53,7 @@ pub fn scheduled_length(estimate: &LengthEstimate, strategy: Strategy, admit_qua
 }
 
 /// Inputs that one call predicts.
-const CHUNK: usize = 256;
+pub const CHUNK: usize = 256;
 
 /// A predictor that runs the model in this process: the head of the adapter's folder where there is one, else the model
 /// is asked.
@@ -66,12 +69,7 @@ pub fn local_predictor(
         let head = LengthHead::load(folder, config.hidden_size, device)?;
         return Ok(Box::new(HeadPredictor::new(model.clone(), adapter, head)));
     }
-    let decoder = local_decoder(
-        model,
-        adapter,
-        default_slots(),
-        CacheArgs { kv_cache_tokens: None }.engine(),
-    )?;
+    let decoder = local_decoder(model, adapter, default_slots(), EngineConfig::default())?;
     Ok(Box::new(LlmPredictor::new(decoder, question, fallback)))
 }
 
@@ -138,6 +136,7 @@ pub fn look_up<T: Clone>(table: &HashMap<RequestId, T>, ids: &[RequestId], path:
 /// Asks a predictor for every prompt. One that cannot be predicted gets the cap, with a warning.
 pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) -> anyhow::Result<Vec<LengthEstimate>> {
     let mut estimates = Vec::with_capacity(prompts.len());
+    let (began, mut bar) = (Instant::now(), None);
     for chunk in prompts.chunks(CHUNK) {
         let input = |prompt: &Prompt| PredictInput {
             prompt: prompt.clone(),
@@ -150,6 +149,14 @@ pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) ->
                 LengthEstimate::fallback(cap)
             })
         }));
+        if began.elapsed() >= NO_BAR_FOR {
+            let new = || Bar::new("predicting", prompts.len() as u64);
+            bar.get_or_insert_with(new)
+                .set(estimates.len() as u64, |_| String::new());
+        }
+    }
+    if let Some(bar) = bar {
+        bar.finish();
     }
     Ok(estimates)
 }

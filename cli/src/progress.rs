@@ -11,8 +11,8 @@ use crate::logging;
 /// Where there is no terminal for a bar, a line is logged this often.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Loading that takes less is not worth a bar.
-const NO_BAR_FOR: Duration = Duration::from_secs(2);
+/// What takes less is not worth a bar.
+pub const NO_BAR_FOR: Duration = Duration::from_secs(2);
 
 /// What a bar counts.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -28,10 +28,10 @@ impl Table {
             ("wasted tokens", |r| Some(grouped(r.wasted_tokens))),
         ];
         let mut table = Self::of(&columns, rows);
-        if let Some(first) = rows.first() {
+        if !rows.is_empty() {
             table.header.push("speed-up");
             for (cells, row) in table.rows.iter_mut().zip(rows) {
-                cells.push(format!("{:.2}x", speed_up(first, row)));
+                cells.push(format!("{:.2}x", speed_up(rows, row)));
             }
         }
         table
@@ -94,15 +94,20 @@ impl Table {
 /// A column's name and how a row's cell is made; `None` where the row has no such value.
 type Column<R> = (&'static str, fn(&R) -> Option<String>);
 
-/// How many times faster than the first row: by time where both were timed, else by steps.
-fn speed_up(first: &StrategyRow, row: &StrategyRow) -> f64 {
+/// How many times faster than the first row, by time; where there is none, by steps, and then than the first row of the
+/// same batch size, since a step of another is other work.
+fn speed_up(rows: &[StrategyRow], row: &StrategyRow) -> f64 {
+    let first = rows.first().unwrap_or(row);
     match (first.samples_per_s, row.samples_per_s) {
         (Some(base), Some(rate)) => rate / base,
         _ if first.modelled_seconds.is_some() => {
             let seconds = |row: &StrategyRow| row.modelled_seconds.unwrap_or(f64::NAN);
             seconds(first) / seconds(row)
         }
-        _ => first.steps as f64 / row.steps.max(1) as f64,
+        _ => {
+            let first = rows.iter().find(|r| r.batch_size == row.batch_size).unwrap_or(row);
+            first.steps as f64 / row.steps.max(1) as f64
+        }
     }
 }
 
@@ -174,6 +179,14 @@ oracle + vbs + fcr     16    286       4.00       572       286.00     50.0 %   
         assert!(!simulated.header.contains(&"samples/s"), "{:?}", simulated.header);
         // Nothing was timed: 643 / 286 steps.
         assert_eq!(simulated.rows[1].last().map(String::as_str), Some("2.25x"));
+        // Steps of other batch sizes are not compared, times are.
+        let mut sizes = rows(None);
+        sizes[1].batch_size = 4;
+        let last = |rows: &[StrategyRow]| Table::strategies(rows).rows[1].last().cloned();
+        assert_eq!(last(&sizes).as_deref(), Some("1.00x"));
+        let mut timed = rows(Some(2.0));
+        timed[1].batch_size = 4;
+        assert_eq!(last(&timed).as_deref(), Some("2.00x"));
         let predictor = lengthwise_train::evaluate("constant", &[(100, 10), (100, 151)]);
         let table = Table::predictors(&[predictor]);
         assert_eq!(

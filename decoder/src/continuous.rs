@@ -1,32 +1,36 @@
 //! Continuous batching: a slot is refilled as soon as its sequence has ended.
 
-use std::collections::HashMap;
-
-use lengthwise_core::{DecodeError, FinishReason, RequestId};
+use lengthwise_core::{DecodeError, RequestId};
 use lengthwise_model::BLOCK_TOKENS;
-use lengthwise_scheduler::{AdmissionError, AdmissionQueue, Place, ScheduleConfig, StrategyStats, Waiting};
+use lengthwise_scheduler::{AdmissionError, AdmissionQueue, ScheduleConfig, StrategyStats, Waiting};
 
 use crate::engine::Engine;
 use crate::sequence::Sequence;
-use crate::{Cancellation, OutputSink, PredictedRequest, SequenceOutput, SequenceRequest};
+use crate::{Cancellation, OutputSink, PredictedRequest};
 
 /// A sequence in a slot, and the share of the KV budget that it was admitted with.
 struct Running {
     sequence: Sequence,
+    /// Which of the run's requests it is.
+    number: u32,
     cache_tokens: usize,
 }
 
-/// What waits for a slot. A new request is no more than its prompt and settings, so that many can wait.
+/// A request that has not ended. One that has not been begun is as it was handed over, so that many can wait.
 enum Waiter {
-    New(SequenceRequest),
-    Preempted(Box<Sequence>),
+    New(PredictedRequest),
+    /// It waits again, under this number of the queue's.
+    Preempted(Box<Sequence>, u64),
+    /// It runs, or has ended.
+    Away,
 }
 
 /// The slots, and who waits for one.
 struct Slots<'a> {
     engine: &'a mut Engine,
-    queue: AdmissionQueue,
-    waiting: HashMap<RequestId, (Waiter, Place)>,
+    queue: AdmissionQueue<u32>,
+    /// All requests, by number; that is the queue's until they are preempted.
+    requests: Vec<Waiter>,
     running: Vec<Running>,
     cancellation: &'a Cancellation,
     stats: StrategyStats,
@@ -47,16 +51,12 @@ pub(crate) fn run(
     let mut slots = Slots {
         engine,
         queue,
-        waiting: HashMap::with_capacity(requests.len()),
+        requests: requests.into_iter().map(Waiter::New).collect(),
         running: Vec::new(),
         cancellation,
         stats: StrategyStats::default(),
     };
-    for PredictedRequest { request, predicted } in requests {
-        let answer = slots.engine.longest_answer(&request).min(predicted.max(1) as usize);
-        let tokens = request.prompt.len() + answer;
-        slots.enqueue(request.id.clone(), predicted, tokens, Waiter::New(request))?;
-    }
+    slots.enqueue_new()?;
     let result = slots.run_all(config.batch_size.get(), on_output);
     slots.engine.forget_ahead();
     if result.is_err() {
@@ -69,28 +69,29 @@ pub(crate) fn run(
 }
 
 impl Slots<'_> {
-    /// `tokens`: what it will need of the KV cache.
-    fn enqueue(&mut self, id: RequestId, predicted: u32, tokens: usize, waiter: Waiter) -> Result<(), DecodeError> {
-        let waiting = Waiting {
-            id: id.clone(),
-            predicted,
-            cache_tokens: tokens.next_multiple_of(BLOCK_TOKENS),
-        };
-        let too_small = |AdmissionError { id, needed, budget }| DecodeError::CacheTooSmall {
-            id,
-            needed,
-            capacity: budget,
-        };
-        let place = self.queue.push(waiting).map_err(too_small)?;
-        self.waiting.insert(id, (waiter, place));
+    fn enqueue_new(&mut self) -> Result<(), DecodeError> {
+        for (number, waiter) in self.requests.iter().enumerate() {
+            let Waiter::New(PredictedRequest { request, predicted }) = waiter else {
+                continue;
+            };
+            let answer = self.engine.longest_answer(request).min((*predicted).max(1) as usize);
+            let tokens = request.prompt.len() + answer;
+            enqueue(&mut self.queue, number as u32, *predicted, tokens).map_err(|err| too_small(&request.id, err))?;
+        }
         Ok(())
     }
 
     fn run_all(&mut self, slots: usize, on_output: &mut OutputSink) -> Result<(), DecodeError> {
+        if let Some(recording) = &mut self.engine.recording {
+            recording.open_slots(slots);
+        }
         loop {
             self.cancel(on_output)?;
             self.admit(slots);
             if self.running.is_empty() {
+                if let Some(recording) = &mut self.engine.recording {
+                    recording.close_slots(self.stats.steps);
+                }
                 return Ok(());
             }
             self.reserve_all()?;
@@ -103,41 +104,60 @@ impl Slots<'_> {
         }
     }
 
-    /// Hands over what has been cancelled, with the tokens it has, and frees its slot or its place in the queue.
+    /// Hands over what has been cancelled, with the tokens it has, and frees its slot or its place in the queue. Only
+    /// then are those that wait looked through.
     fn cancel(&mut self, on_output: &mut OutputSink) -> Result<(), DecodeError> {
-        for id in self.cancellation.take() {
-            let tokens = if let Some((waiter, place)) = self.waiting.remove(&id) {
-                self.queue.cancel(place);
-                match waiter {
-                    Waiter::New(_) => Vec::new(),
-                    Waiter::Preempted(sequence) => sequence.into_tokens(),
-                }
-            } else if let Some(at) = self.running.iter().position(|r| r.sequence.request.id == id) {
-                self.free(at).into_tokens()
-            } else {
-                continue;
+        let asked = self.cancellation.take();
+        if asked.is_empty() {
+            return Ok(());
+        }
+        let mut next = 0;
+        while next < self.running.len() {
+            match asked.has(&self.running[next].sequence.request.id) {
+                true => on_output(self.free(next).sequence.into_output())?,
+                false => next += 1,
+            }
+        }
+        for number in 0..self.requests.len() {
+            let (id, queued) = match &self.requests[number] {
+                Waiter::New(new) => (&new.request.id, number as u64),
+                Waiter::Preempted(sequence, queued) => (&sequence.request.id, *queued),
+                Waiter::Away => continue,
             };
-            let finish = FinishReason::Cancelled;
-            on_output(SequenceOutput { id, tokens, finish })?;
+            if asked.has(id) {
+                self.queue.cancel(queued);
+                if let Some(sequence) = self.take(number) {
+                    on_output(sequence.into_output())?;
+                }
+            }
         }
         Ok(())
+    }
+
+    /// The sequence of a request that waits.
+    fn take(&mut self, number: usize) -> Option<Sequence> {
+        match std::mem::replace(&mut self.requests[number], Waiter::Away) {
+            Waiter::New(new) => Some(self.engine.begin(new.request)),
+            Waiter::Preempted(sequence, _) => Some(*sequence),
+            Waiter::Away => None,
+        }
     }
 
     fn admit(&mut self, slots: usize) {
         while self.running.len() < slots {
             let Some(next) = self.queue.admit() else { break };
-            let sequence = match self.waiting.remove(&next.id) {
-                Some((Waiter::New(request), _)) => self.engine.begin(request),
-                Some((Waiter::Preempted(sequence), _)) => *sequence,
-                None => {
-                    self.queue.release(next.cache_tokens);
-                    continue;
-                }
+            let Some(sequence) = self.take(next.item as usize) else {
+                self.queue.release(next.cache_tokens);
+                continue;
             };
             // What it had before it was preempted is computed a second time, from here on.
             self.stats.slot_steps += u64::from(sequence.generated());
+            if let Some(recording) = &mut self.engine.recording {
+                recording.enter(&sequence.request.id, self.stats.steps, sequence.generated());
+            }
             self.running.push(Running {
                 sequence,
+                number: next.item,
                 cache_tokens: next.cache_tokens,
             });
         }
@@ -156,11 +176,13 @@ impl Slots<'_> {
             let Some(last) = self.running.len().checked_sub(1) else {
                 break;
             };
-            let sequence = self.free(last);
+            let Running { sequence, number, .. } = self.free(last);
             // It is longer than predicted: next time it gets room for the longest answer it can have.
-            let (id, longest) = (sequence.request.id.clone(), sequence.request.max_new_tokens);
+            let longest = sequence.request.max_new_tokens;
             let tokens = sequence.most_tokens(longest);
-            self.enqueue(id, longest, tokens, Waiter::Preempted(Box::new(sequence)))?;
+            let queued = enqueue(&mut self.queue, number, longest, tokens)
+                .map_err(|err| too_small(&sequence.request.id, err))?;
+            self.requests[number as usize] = Waiter::Preempted(Box::new(sequence), queued);
         }
         Ok(())
     }
@@ -173,22 +195,42 @@ impl Slots<'_> {
                 next += 1;
                 continue;
             }
-            let ended = self.free(next);
+            let ended = self.free(next).sequence;
             self.stats.requests += 1;
             self.stats.useful_tokens += u64::from(ended.generated());
-            if let Some(output) = ended.into_output() {
-                on_output(output)?;
-            }
+            on_output(ended.into_output())?;
         }
         Ok(())
     }
 
     /// Takes a sequence out of its slot, and its blocks and its share of the budget back.
-    fn free(&mut self, slot: usize) -> Sequence {
+    fn free(&mut self, slot: usize) -> Running {
         // Not swap_remove: the order of admission says who is preempted first.
         let mut running = self.running.remove(slot);
+        if let Some(recording) = &mut self.engine.recording {
+            let Sequence { request, finish, .. } = &running.sequence;
+            let tokens = running.sequence.generated();
+            recording.leave(&request.id, self.stats.steps, tokens, finish.is_none());
+        }
         self.engine.evict(&mut running.sequence);
         self.queue.release(running.cache_tokens);
-        running.sequence
+        running
+    }
+}
+
+/// `tokens`: what it will need of the KV cache. Returns the queue's number for it.
+fn enqueue(queue: &mut AdmissionQueue<u32>, number: u32, predicted: u32, tokens: usize) -> Result<u64, AdmissionError> {
+    queue.push(Waiting {
+        item: number,
+        predicted,
+        cache_tokens: tokens.next_multiple_of(BLOCK_TOKENS),
+    })
+}
+
+fn too_small(id: &RequestId, AdmissionError { needed, budget }: AdmissionError) -> DecodeError {
+    DecodeError::CacheTooSmall {
+        id: id.clone(),
+        needed,
+        capacity: budget,
     }
 }

@@ -4,16 +4,20 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
-use lengthwise_model::{Adapter, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit};
+use lengthwise_model::{
+    Adapter, BLOCK_TOKENS, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit,
+};
+use lengthwise_scheduler::Timeline;
 
 use crate::SequenceRequest;
+use crate::recording::Recording;
 use crate::sequence::Sequence;
 
 /// How much the engine may hold and do at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineConfig {
-    /// Tokens of the KV cache; `None`: as many as fit [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
-    pub kv_cache_tokens: Option<usize>,
+    /// What the KV cache may hold.
+    pub kv_budget: KvBudget,
     /// Most prompt tokens in one forward pass; longer prompts are run in chunks.
     pub max_prefill_tokens: usize,
 }
@@ -21,10 +25,21 @@ pub struct EngineConfig {
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
-            kv_cache_tokens: None,
+            kv_budget: KvBudget::Memory,
             max_prefill_tokens: 2048,
         }
     }
+}
+
+/// Size of the KV cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum KvBudget {
+    /// What fits [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
+    Memory,
+    /// So many tokens.
+    Tokens(usize),
+    /// As many tokens as fit so many bytes.
+    Bytes(usize),
 }
 
 /// Size of the KV cache on a CPU where none is asked for.
@@ -44,6 +59,8 @@ pub struct Engine {
     ahead: Option<Launched>,
     /// Sequences that were given a number.
     runs: u64,
+    /// What the slots do, where somebody wants to know.
+    pub(crate) recording: Option<Recording>,
 }
 
 /// A pass, and whose tokens it draws: the number of each segment's sequence, or none.
@@ -54,12 +71,18 @@ struct Launched {
 
 /// Tokens of the KV cache: those asked for; else on a GPU what its memory holds, and on a CPU a fixed size.
 fn cache_tokens(model: &Llama, config: &EngineConfig) -> Result<usize, DecodeError> {
-    if let Some(tokens) = config.kv_cache_tokens {
-        return Ok(tokens);
+    // Whole blocks: the cache rounds up, and a budget is not to be exceeded.
+    let block = BLOCK_TOKENS * kv_bytes_per_token(model.config(), model.dtype());
+    let fit = |bytes: usize| bytes / block * BLOCK_TOKENS;
+    match config.kv_budget {
+        KvBudget::Tokens(tokens) => Ok(tokens),
+        KvBudget::Bytes(bytes) => Ok(fit(bytes)),
+        KvBudget::Memory => {
+            let rows = config.max_prefill_tokens + EXPECTED_SLOTS;
+            let free = tokens_that_fit(model, rows, EXPECTED_SLOTS).map_err(DecodeError::model)?;
+            Ok(free.unwrap_or(fit(DEFAULT_CACHE_BYTES)))
+        }
     }
-    let rows = config.max_prefill_tokens + EXPECTED_SLOTS;
-    let fit = tokens_that_fit(model, rows, EXPECTED_SLOTS).map_err(DecodeError::model)?;
-    Ok(fit.unwrap_or(DEFAULT_CACHE_BYTES / kv_bytes_per_token(model.config(), model.dtype())))
 }
 
 impl Engine {
@@ -97,6 +120,7 @@ impl Engine {
             config,
             ahead: None,
             runs: 0,
+            recording: None,
         })
     }
 
@@ -108,6 +132,18 @@ impl Engine {
     /// Tokens that the KV cache holds.
     pub fn cache_tokens(&self) -> usize {
         self.cache.capacity()
+    }
+
+    /// Records what every slot does in the next run of a strategy, for [`Engine::take_timeline`].
+    pub fn record_timeline(&mut self) {
+        self.recording = Some(Recording::default());
+    }
+
+    /// What was recorded since [`Engine::record_timeline`]; `None` without it. Its area is the run's slots × steps; what
+    /// is computed a second time for a sequence that lost its cache takes no step of its own, and is drawn where it was
+    /// computed first: as thrown away where the continuous mode preempted it.
+    pub fn take_timeline(&mut self) -> Option<Timeline> {
+        self.recording.take().map(Recording::into_timeline)
     }
 
     /// Whether a request can be run at all; asked before anything is decoded.

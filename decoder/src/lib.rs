@@ -4,6 +4,7 @@ mod cancellation;
 mod continuous;
 mod engine;
 mod local;
+mod recording;
 mod sequence;
 mod static_batch;
 #[cfg(test)]
@@ -12,10 +13,10 @@ mod tests;
 use std::collections::HashSet;
 
 use lengthwise_core::DecodeError;
-use lengthwise_scheduler::{DriverError, Job, ScheduleConfig, Strategy, StrategyStats, run_groups};
+use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyStats};
 
 pub use cancellation::Cancellation;
-pub use engine::{DEFAULT_CACHE_BYTES, Engine, EngineConfig};
+pub use engine::{DEFAULT_CACHE_BYTES, Engine, EngineConfig, KvBudget};
 pub use local::LocalDecoder;
 pub use sequence::{SequenceOutput, SequenceRequest};
 
@@ -41,30 +42,12 @@ pub fn run_strategy(
     config: &ScheduleConfig,
     on_output: &mut OutputSink,
 ) -> Result<StrategyStats, DecodeError> {
-    if config.strategy == Strategy::Continuous {
-        return run_continuous(engine, requests, config, &Cancellation::default(), on_output);
-    }
-    check_all(engine, &requests)?;
-    let jobs: Vec<Job> = requests
-        .iter()
-        .map(|r| Job {
-            id: r.request.id.clone(),
-            predicted: r.predicted,
-        })
-        .collect();
-    let requests = requests.into_iter().map(|r| r.request).collect();
-    // Two lifetimes in one: the executor borrows the sink for its own life only.
-    let mut sink = |output| on_output(output);
-    let mut executor = static_batch::StaticExecutor::new(engine, requests, &mut sink);
-    run_groups(&jobs, config, &mut executor).map_err(|err| match err {
-        DriverError::Executor(err) => err,
-        other => DecodeError::model(other.to_string()),
-    })
+    run_controlled(engine, requests, config, &Cancellation::default(), on_output)
 }
 
-/// Answers every request with continuous batching, whatever the strategy of `config`, but for those that are cancelled:
-/// they end as [`FinishReason::Cancelled`] with the tokens they have. Their slot and their share of the KV cache are free
-/// before the next step admits, and the other answers are what they would have been.
+/// As [`run_strategy`], but requests can be cancelled meanwhile: they end as [`FinishReason::Cancelled`] with the tokens they
+/// have. What they hold of the KV cache is free before the next step, and so is their slot: the continuous mode gives it
+/// to the next, a static batch goes on without the row. The other answers are what they would have been.
 ///
 /// Tokens of a cancelled answer count as computed and not as useful, and it does not count as a request.
 ///
@@ -72,7 +55,7 @@ pub fn run_strategy(
 /// A request that cannot be run at all is an error before anything is decoded.
 ///
 /// [`FinishReason::Cancelled`]: lengthwise_core::FinishReason::Cancelled
-pub fn run_continuous(
+pub fn run_controlled(
     engine: &mut Engine,
     requests: Vec<PredictedRequest>,
     config: &ScheduleConfig,
@@ -80,7 +63,10 @@ pub fn run_continuous(
     on_output: &mut OutputSink,
 ) -> Result<StrategyStats, DecodeError> {
     check_all(engine, &requests)?;
-    continuous::run(engine, requests, config, cancellation, on_output)
+    match config.strategy {
+        Strategy::Continuous => continuous::run(engine, requests, config, cancellation, on_output),
+        _ => static_batch::run(engine, requests, config, cancellation, on_output),
+    }
 }
 
 /// That every request can be run and has an id of its own.

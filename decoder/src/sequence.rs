@@ -164,18 +164,13 @@ impl Sequence {
         std::mem::take(&mut self.table)
     }
 
-    /// The answer; the sequence must have ended.
-    pub fn into_output(self) -> Option<SequenceOutput> {
-        Some(SequenceOutput {
-            finish: self.finish?,
-            id: self.request.id.clone(),
-            tokens: self.into_tokens(),
-        })
-    }
-
-    /// The tokens of the answer so far.
-    pub fn into_tokens(self) -> Vec<u32> {
-        self.tokens[self.prompt_tokens..].to_vec()
+    /// The answer; of a sequence that has not ended the tokens so far, as cancelled.
+    pub fn into_output(mut self) -> SequenceOutput {
+        SequenceOutput {
+            finish: self.finish.unwrap_or(FinishReason::Cancelled),
+            tokens: self.tokens.split_off(self.prompt_tokens),
+            id: self.request.id,
+        }
     }
 }
 

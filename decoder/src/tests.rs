@@ -11,11 +11,12 @@ use lengthwise_scheduler::{AdmissionOrder, CostModel, Planning, ScheduleConfig, 
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{Engine, EngineConfig, PredictedRequest, SequenceOutput, SequenceRequest, run_strategy};
+use crate::{Engine, EngineConfig, KvBudget, PredictedRequest, SequenceOutput, SequenceRequest, run_strategy};
 
 mod cancellation;
 #[cfg(feature = "kernel-emulation")]
 mod emulated;
+mod timeline;
 
 const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5,
@@ -55,7 +56,7 @@ fn model() -> anyhow::Result<Arc<Llama>> {
 
 fn engine(model: &Arc<Llama>, cache_tokens: usize) -> anyhow::Result<Engine> {
     let config = EngineConfig {
-        kv_cache_tokens: Some(cache_tokens),
+        kv_budget: KvBudget::Tokens(cache_tokens),
         max_prefill_tokens: 32,
     };
     Ok(Engine::new(
@@ -179,6 +180,21 @@ fn a_small_cache_changes_no_answer() -> anyhow::Result<()> {
         let config = config(strategy).with(false, true);
         let (got, _) = run(&mut engine(&model, 96)?, &requests, |_| 1, &config)?;
         assert_eq!(got, want, "{strategy}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_budget_in_bytes_holds_as_many_tokens_as_fit() -> anyhow::Result<()> {
+    let model = model()?;
+    // Keys and values of two layers, two heads of 8 floats each: 256 bytes a token, 16 tokens a block.
+    for (bytes, tokens) in [(256 * 160, 160), (256 * 176 - 1, 160)] {
+        let config = EngineConfig {
+            kv_budget: KvBudget::Bytes(bytes),
+            ..EngineConfig::default()
+        };
+        let engine = Engine::new(model.clone(), None, Vec::new(), config)?;
+        assert_eq!(engine.cache_tokens(), tokens);
     }
     Ok(())
 }

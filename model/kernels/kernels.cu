@@ -9,3 +9,7 @@
 #include "rows.cuh"
 #include "sample.cuh"
 #include "swiglu.cuh"
+#include "training_attention.cuh"
+#include "training_attention_mma.cuh"
+#include "training_low_rank.cuh"
+#include "training_rows.cuh"

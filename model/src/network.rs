@@ -10,9 +10,11 @@ mod parts;
 mod pass;
 mod products;
 mod rope_scaling;
+mod stack;
 #[cfg(test)]
 mod tests;
 mod train_pass;
+mod training_memory;
 
 use std::sync::Arc;
 
@@ -30,7 +32,10 @@ use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
 pub use products::ProductTiming;
+#[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+pub(crate) use stack::{Keeps, Layer, Stack};
 pub use train_pass::{GradientSink, TrainPass};
+pub use training_memory::TrainingMemory;
 
 /// A Llama-style decoder-only transformer.
 ///
@@ -46,6 +51,9 @@ pub struct Llama {
     rope: Arc<RopeTable>,
     /// Buffers of the training passes on the CPU path.
     scratch: Arc<Scratch>,
+    /// What trains it on the GPU path.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    gpu_training: crate::gpu::TrainingSlot,
 }
 
 impl Llama {
@@ -87,6 +95,8 @@ impl Llama {
             rope: Arc::new(RopeTable::new(&frequencies, config.max_position_embeddings)),
             config: config.clone(),
             scratch: Arc::default(),
+            #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+            gpu_training: crate::gpu::TrainingSlot::default(),
         })
     }
 
@@ -152,7 +162,6 @@ impl Llama {
                 let adapted: Vec<bool> = segments.iter().map(|s| s.adapted).collect();
                 let pass = host::HostPass {
                     tokens: &tokens,
-                    positions: &positions,
                     spans: &spans,
                     adapter,
                     adapted: &adapted,

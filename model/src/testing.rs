@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::{DType, Device, Result, Tensor};
 
 use crate::config::RopeScaling;
-use crate::{Adapter, Llama, LoraConfig, ModelConfig, Quantization, TargetModules, Weights};
+use crate::{Adapter, Llama, LoraConfig, ModelConfig, Quantization, Weights};
 
 /// A very small Llama with grouped heads.
 pub fn config() -> ModelConfig {
@@ -34,16 +34,31 @@ pub fn config() -> ModelConfig {
 
 /// Random weights for [`config`].
 pub fn network(config: &ModelConfig) -> anyhow::Result<Llama> {
-    Ok(Llama::new(config, &weights(config)?)?)
+    Ok(Llama::new(config, &weights(config, DType::F32, &Device::Cpu)?)?)
 }
 
 /// [`network`] with 8-bit weights.
 pub fn quantized(config: &ModelConfig) -> anyhow::Result<Llama> {
-    let weights = weights(config)?.quantized(Some(Quantization::Q8_0))?;
+    let weights = weights(config, DType::F32, &Device::Cpu)?.quantized(Some(Quantization::Q8_0))?;
     Ok(Llama::new(config, &weights)?)
 }
 
-fn weights(config: &ModelConfig) -> anyhow::Result<Weights> {
+/// Random weights in `dtype` on `device`.
+pub fn weights(config: &ModelConfig, dtype: DType, device: &Device) -> anyhow::Result<Weights> {
+    Ok(Weights::from_tensors(tensors(config)?, dtype, device))
+}
+
+/// [`weights`] rounded to `dtype`, in f32.
+#[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+pub fn rounded_weights(config: &ModelConfig, dtype: DType) -> anyhow::Result<Weights> {
+    let mut tensors = tensors(config)?;
+    for tensor in tensors.values_mut() {
+        *tensor = tensor.to_dtype(dtype)?.to_dtype(DType::F32)?;
+    }
+    Ok(Weights::from_tensors(tensors, DType::F32, &Device::Cpu))
+}
+
+fn tensors(config: &ModelConfig) -> anyhow::Result<HashMap<String, Tensor>> {
     let random = |shape: &[usize], seed| -> Result<Tensor> { crate::ops::testing::random(shape, seed)? * 0.4 };
     let mut tensors = HashMap::new();
     let h = config.hidden_size;
@@ -80,21 +95,26 @@ fn weights(config: &ModelConfig) -> anyhow::Result<Weights> {
             tensors.insert(at(&format!("{norm}.weight")), weight);
         }
     }
-    Ok(Weights::from_tensors(tensors, DType::F32, &Device::Cpu))
+    Ok(tensors)
 }
 
 /// An adapter of all linear layers that changes what they give.
 pub fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
+    adapter_of(llama, "all-linear")
+}
+
+/// An adapter of some linear layers that changes what they give.
+pub fn adapter_of(llama: &Llama, modules: &str) -> anyhow::Result<Adapter> {
     let config = LoraConfig {
-        target_modules: "all-linear".parse::<TargetModules>().expect("known"),
+        target_modules: modules.parse().map_err(anyhow::Error::msg)?,
         ..Default::default()
     };
-    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
+    let adapter = Adapter::init(llama.config(), config, 5, llama.device())?;
     // B is zero at the start: give it values, or nothing is tested.
     for (name, tensor) in adapter.tensors() {
         if name.contains("lora_B") {
             let values = crate::ops::testing::random(tensor.dims(), name.len() as u64)?;
-            tensor.slice_set(&(values * 0.2)?, 0, 0)?;
+            tensor.slice_set(&(values * 0.2)?.to_device(llama.device())?, 0, 0)?;
         }
     }
     Ok(adapter)

@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use lengthwise_core::Quantile;
 use lengthwise_scheduler::{
     BatchExecutor, BatchRun, CostModel, Job, Outcome, PlannedBatch, Planning, ScheduleConfig, Strategy, run_groups,
 };
@@ -45,8 +46,7 @@ fn planning(criterion: &mut Criterion) {
         cached_token: 2e-8,
         prompt_token: 1e-5,
     };
-    let by_cost = |history| {
-        let distributions = HashMap::new();
+    let by_cost = |history, distributions| {
         Some(Arc::new(Planning {
             cost,
             history,
@@ -57,10 +57,20 @@ fn planning(criterion: &mut Criterion) {
     let history = (0..10_000u32)
         .map(|i| (1 + i * 7919 % 512, 1 + i * 104_729 % 512))
         .collect();
+    let probabilities = [0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95];
+    let quantile = |job: &Job, probability: f64| Quantile {
+        probability,
+        tokens: (f64::from(job.predicted) * (0.5 + probability)).round() as u32,
+    };
+    let quantiles = jobs
+        .iter()
+        .map(|job| (job.id.clone(), probabilities.map(|p| quantile(job, p)).to_vec()))
+        .collect();
     for (name, planning) in [
         ("published", None),
-        ("cost", by_cost(Vec::new())),
-        ("cost with a history of 10,000", by_cost(history)),
+        ("cost", by_cost(Vec::new(), HashMap::new())),
+        ("cost with a history of 10,000", by_cost(history, HashMap::new())),
+        ("cost with quantiles", by_cost(Vec::new(), quantiles)),
     ] {
         let config = ScheduleConfig {
             group_size: NonZeroUsize::new(jobs.len()).expect("there are jobs"),

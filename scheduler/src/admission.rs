@@ -1,11 +1,9 @@
 //! Who gets the next free slot of the continuous mode.
 
 use std::cmp::Ordering;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::str::FromStr;
-
-use lengthwise_core::RequestId;
 
 /// In which order waiting requests are admitted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,9 +41,9 @@ impl fmt::Display for AdmissionOrder {
 
 /// A request that waits for a slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Waiting {
-    /// Whose answer.
-    pub id: RequestId,
+pub struct Waiting<T> {
+    /// What the caller knows it by; small, so that many can wait.
+    pub item: T,
     /// The predicted length of its answer, in tokens.
     pub predicted: u32,
     /// KV cache that it will need: prompt and predicted answer, in tokens.
@@ -54,10 +52,8 @@ pub struct Waiting {
 
 /// A request that can never be admitted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("request {id} needs {needed} tokens of KV cache, the budget is {budget}")]
+#[error("a request needs {needed} tokens of KV cache, the budget is {budget}")]
 pub struct AdmissionError {
-    /// Whose answer.
-    pub id: RequestId,
     /// Tokens it needs alone.
     pub needed: usize,
     /// The whole budget.
@@ -72,16 +68,9 @@ const MOST_OVERTAKEN: u64 = 4096;
 
 /// Where a waiting request stands: by the order's key, then by arrival.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
+struct Place {
     key: u32,
     arrival: u64,
-}
-
-impl Place {
-    /// The same among places of all the same key.
-    fn of_arrival(self) -> Self {
-        Self { key: 0, ..self }
-    }
 }
 
 impl Ord for Place {
@@ -98,25 +87,34 @@ impl PartialOrd for Place {
     }
 }
 
+/// What arrives between two departures.
+#[derive(Debug)]
+struct Wave {
+    /// Departures before it.
+    departures: u64,
+    /// Arrivals up to its end.
+    arrivals: u64,
+}
+
 /// Waiting requests and the KV budget that the admitted ones hold a share of. Every operation is O(log n).
 #[derive(Debug)]
-pub struct AdmissionQueue {
+pub struct AdmissionQueue<T> {
     order: AdmissionOrder,
     budget: usize,
     held: usize,
-    by_order: BTreeMap<Place, Waiting>,
-    /// All places with a key of 0 → the order's key, and the wave it came in.
-    by_arrival: BTreeMap<Place, (u32, u64)>,
-    /// Wave → arrivals up to its end. A wave is what arrives between two departures, named by the number of departures
-    /// before it. Waves older than the oldest waiting request are dropped.
-    waves: BTreeMap<u64, u64>,
+    by_order: BTreeMap<Place, Waiting<T>>,
+    /// The order's key of the oldest waiting request and of all that arrived later, `None` where they have departed. Not
+    /// much longer than those that wait: the oldest does not wait for ever.
+    by_arrival: VecDeque<Option<u32>>,
+    /// From that of the oldest waiting request on.
+    waves: VecDeque<Wave>,
     most_overtaken: u64,
     arrivals: u64,
     /// Requests that were admitted or cancelled.
     departures: u64,
 }
 
-impl AdmissionQueue {
+impl<T> AdmissionQueue<T> {
     /// `budget`: tokens of KV cache that the admitted requests may hold together.
     pub fn new(order: AdmissionOrder, budget: usize) -> Self {
         Self {
@@ -124,46 +122,45 @@ impl AdmissionQueue {
             budget,
             held: 0,
             by_order: BTreeMap::new(),
-            by_arrival: BTreeMap::new(),
-            waves: BTreeMap::new(),
+            by_arrival: VecDeque::new(),
+            waves: VecDeque::new(),
             most_overtaken: MOST_OVERTAKEN,
             arrivals: 0,
             departures: 0,
         }
     }
 
-    /// Adds a request. Returns its place, by which it can be cancelled.
+    /// Adds a request. Returns how many have arrived before it: its number, by which it can be cancelled.
     ///
     /// # Errors
     /// It needs more than the whole budget.
-    pub fn push(&mut self, waiting: Waiting) -> Result<Place, AdmissionError> {
+    pub fn push(&mut self, waiting: Waiting<T>) -> Result<u64, AdmissionError> {
         if waiting.cache_tokens > self.budget {
             let (needed, budget) = (waiting.cache_tokens, self.budget);
-            return Err(AdmissionError {
-                id: waiting.id,
-                needed,
-                budget,
-            });
+            return Err(AdmissionError { needed, budget });
         }
         let key = match self.order {
             AdmissionOrder::FirstCome => 0,
             AdmissionOrder::ShortestFirst => waiting.predicted,
             AdmissionOrder::LongestFirst => u32::MAX - waiting.predicted,
         };
-        let place = Place {
-            key,
-            arrival: self.arrivals,
-        };
-        self.by_arrival.insert(place.of_arrival(), (key, self.departures));
-        self.by_order.insert(place, waiting);
+        let arrival = self.arrivals;
+        self.by_arrival.push_back(Some(key));
+        self.by_order.insert(Place { key, arrival }, waiting);
         self.arrivals += 1;
-        self.waves.insert(self.departures, self.arrivals);
-        Ok(place)
+        match self.waves.back_mut() {
+            Some(wave) if wave.departures == self.departures => wave.arrivals = self.arrivals,
+            _ => self.waves.push_back(Wave {
+                departures: self.departures,
+                arrivals: self.arrivals,
+            }),
+        }
+        Ok(arrival)
     }
 
     /// The next request, if what it needs fits beside what is held; its share is held from now on. The first in order
     /// that does not fit is waited for, not passed over: smaller ones behind it would keep it out for ever.
-    pub fn admit(&mut self) -> Option<Waiting> {
+    pub fn admit(&mut self) -> Option<Waiting<T>> {
         let place = self.next_place()?;
         let waiting = self.by_order.get(&place)?;
         if waiting.cache_tokens > self.budget - self.held {
@@ -175,20 +172,28 @@ impl AdmissionQueue {
     }
 
     /// Takes a waiting request out. `None` where it no longer waits: it was admitted or cancelled.
-    pub fn cancel(&mut self, place: Place) -> Option<Waiting> {
-        self.depart(place)
+    pub fn cancel(&mut self, arrival: u64) -> Option<Waiting<T>> {
+        let at = arrival.checked_sub(self.oldest())?;
+        let key = (*self.by_arrival.get(at as usize)?)?;
+        self.depart(Place { key, arrival })
     }
 
-    fn depart(&mut self, place: Place) -> Option<Waiting> {
+    /// The number of the oldest request that waits; where none does, of the next to come.
+    fn oldest(&self) -> u64 {
+        self.arrivals - self.by_arrival.len() as u64
+    }
+
+    fn depart(&mut self, place: Place) -> Option<Waiting<T>> {
         let waiting = self.by_order.remove(&place)?;
-        self.by_arrival.remove(&place.of_arrival());
+        let at = (place.arrival - self.oldest()) as usize;
+        self.by_arrival[at] = None;
         self.departures += 1;
-        let oldest = self
-            .by_arrival
-            .first_key_value()
-            .map_or(u64::MAX, |(_, &(_, wave))| wave);
-        while self.waves.first_key_value().is_some_and(|(&wave, _)| wave < oldest) {
-            self.waves.pop_first();
+        while let Some(None) = self.by_arrival.front() {
+            self.by_arrival.pop_front();
+        }
+        let oldest = self.oldest();
+        while self.waves.front().is_some_and(|wave| wave.arrivals <= oldest) {
+            self.waves.pop_front();
         }
         Some(waiting)
     }
@@ -196,9 +201,10 @@ impl AdmissionQueue {
     /// The oldest request if it is overdue, else the first in order. It is overdue once as many have departed as came
     /// before and with it, and `most_overtaken` more: so many at least came later.
     fn next_place(&self) -> Option<Place> {
-        let (&Place { arrival, .. }, &(key, wave)) = self.by_arrival.first_key_value()?;
-        let others = self.waves.get(&wave)?.saturating_sub(1);
+        let key = (*self.by_arrival.front()?)?;
+        let others = self.waves.front()?.arrivals - 1;
         if self.departures >= others + self.most_overtaken {
+            let arrival = self.oldest();
             return Some(Place { key, arrival });
         }
         self.by_order.first_key_value().map(|(place, _)| *place)

@@ -17,6 +17,9 @@ pub enum Outcome {
     },
     /// The batch stopped before it ended.
     Stopped,
+    /// Nobody wants it any more, and it is not to be run again. What was computed of it counts as computed and not as
+    /// useful.
+    Cancelled,
 }
 
 /// What a batch did.
@@ -24,7 +27,7 @@ pub enum Outcome {
 pub struct BatchRun {
     /// Decode steps of this run: one per token of its longest sequence, those of an earlier run not counted again.
     pub steps: u32,
-    /// Slots × steps.
+    /// Slots × steps; a slot whose request was cancelled counts up to there.
     pub slot_steps: u64,
     /// One outcome per request of the batch.
     pub outcomes: Vec<(RequestId, Outcome)>,
@@ -209,6 +212,7 @@ fn run_checked<X: BatchExecutor>(
                 lengths.insert(id.clone(), *tokens);
             }
             Outcome::Stopped => stopped.push(id.clone()),
+            Outcome::Cancelled => {}
         }
     }
     match open.into_iter().min() {

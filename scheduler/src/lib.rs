@@ -11,7 +11,7 @@ mod simulate;
 mod stats;
 mod timeline;
 
-pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Place, Waiting};
+pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Waiting};
 pub use config::{Planning, ScheduleConfig, Strategy};
 pub use cost::{CostModel, CostPoint};
 pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};

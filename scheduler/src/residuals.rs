@@ -4,11 +4,11 @@
 pub(crate) const GRID: usize = 64;
 /// Observed answers that are asked about a prediction: those with the most similar ones.
 const NEIGHBOURS: usize = 64;
-/// Length divided by prediction before anything was observed. Broad: a prediction stands for the largest of several
-/// samples, so most answers are shorter.
-const PRIOR: [f64; 16] = [
-    0.2, 0.35, 0.45, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.0, 1.05, 1.2, 1.5,
-];
+/// Mean absolute error of predictions before anything was observed, as a share of the cap: the published predictor's, whose
+/// errors are about exponential to either side (arXiv 2305.13144: 63 tokens of 512; 56 % within 50, 81 % within 100).
+const PUBLISHED_ERROR: f64 = 63.0 / 512.0;
+/// An answer's length divided by the largest of several samples, before anything was observed.
+const OF_LARGEST: [f64; 8] = [0.4, 0.6, 0.7, 0.8, 0.87, 0.93, 0.97, 1.0];
 
 /// Predictions and the lengths that came of them, by prediction.
 #[derive(Debug, Clone, Default)]
@@ -44,9 +44,9 @@ impl Residuals {
             add(f64::from(actual) + f64::from(predicted) - f64::from(p), 1.0);
         }
         let missing = (NEIGHBOURS - near.len()) as f64 / 4.0 + 1.0;
-        for ratio in PRIOR {
-            add(ratio * f64::from(predicted), missing / PRIOR.len() as f64);
-        }
+        prior(f64::from(predicted.clamp(1, cap)), f64::from(cap), |length, share| {
+            add(length, missing * share)
+        });
         let total: f64 = counts.iter().sum();
         let mut sum = 0.0;
         let mut points = counts.map(|count| {
@@ -55,6 +55,19 @@ impl Residuals {
         });
         points[GRID - 1] = 1.0;
         points
+    }
+}
+
+/// What lengths a prediction stands for before anything was observed, and with which shares: the largest length is one of
+/// those around it within the cap, by the published error; the answer is a part of that.
+fn prior(predicted: f64, cap: f64, mut add: impl FnMut(f64, f64)) {
+    let largest: [f64; GRID] = std::array::from_fn(|g| (g as f64 + 0.5) * cap / GRID as f64);
+    let near = largest.map(|length| (-(length - predicted).abs() / (PUBLISHED_ERROR * cap)).exp());
+    let whole = near.iter().sum::<f64>() * OF_LARGEST.len() as f64;
+    for (length, near) in largest.into_iter().zip(near) {
+        for part in OF_LARGEST {
+            add(part * length, near / whole);
+        }
     }
 }
 
@@ -74,6 +87,24 @@ mod tests {
         assert!(points.windows(2).all(|w| w[0] <= w[1]));
         assert!((150..260).contains(&quantile(&points, 0.5, 512)));
         assert!(quantile(&points, 0.99, 512) > 300);
+    }
+
+    #[test]
+    fn a_short_prediction_may_be_as_far_off_as_a_long_one() {
+        // Error of 63 around 20: a largest length beyond 130 in 1 of 7 cases, 63 e^(-110 / 63) / (126 - 63 e^(-20 / 63)),
+        // and an answer has 4 in 5 of it.
+        let points = Residuals::default().distribution(20, 512);
+        assert!(
+            (90..150).contains(&quantile(&points, 0.9, 512)),
+            "{}",
+            quantile(&points, 0.9, 512)
+        );
+        // The same where every length is a quarter.
+        let quarter = Residuals::default().distribution(5, 128);
+        assert!(
+            points.iter().zip(quarter).all(|(a, b)| (a - b).abs() < 0.05),
+            "{points:?}\n{quarter:?}"
+        );
     }
 
     #[test]

@@ -177,7 +177,7 @@ fn continuous(
     let mut queue = AdmissionQueue::new(config.order, slots);
     for request in requests {
         let waiting = Waiting {
-            id: request.id.clone(),
+            item: lengths[&request.id],
             predicted: request.predicted,
             cache_tokens: 1,
         };
@@ -193,7 +193,7 @@ fn continuous(
             (now, slot) = end;
         }
         let next = queue.admit().expect("a slot is free and one waits");
-        let length = lengths[&next.id];
+        let length = next.item;
         if let Some(timeline) = &mut timeline {
             timeline.answered(slot, now, length, length);
         }

@@ -18,7 +18,7 @@ pub struct Timeline {
 
 impl Timeline {
     /// A slot that had `tokens` of `steps` steps in an answer and stood idle for the rest.
-    pub(crate) fn answered(&mut self, slot: usize, begin: u64, tokens: u32, steps: u32) {
+    pub fn answered(&mut self, slot: usize, begin: u64, tokens: u32, steps: u32) {
         push(&mut self.useful, slot, begin, begin + u64::from(tokens));
         push(
             &mut self.padding,
@@ -29,7 +29,7 @@ impl Timeline {
     }
 
     /// A slot whose tokens of all the steps were thrown away.
-    pub(crate) fn threw_away(&mut self, slot: usize, begin: u64, steps: u32) {
+    pub fn threw_away(&mut self, slot: usize, begin: u64, steps: u32) {
         push(&mut self.thrown_away, slot, begin, begin + u64::from(steps));
     }
 

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use anyhow::{Context, Result};
 use candle_core::Device;
 use lengthwise_core::{Decoder, FinishReason, Prompt, Request, RequestId, Response, SamplingParams};
-use lengthwise_decoder::{EngineConfig, LocalDecoder};
+use lengthwise_decoder::{EngineConfig, KvBudget, LocalDecoder};
 use lengthwise_model::{DTypeChoice, LoadedModel, TINY};
 use lengthwise_train::language::{Question, Split, instructions};
 
@@ -14,7 +14,7 @@ fn answers(requests: Vec<Request>) -> Result<HashMap<RequestId, Response>> {
     let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let slots = NonZeroUsize::new(32).context("32 is not 0")?;
     let engine = EngineConfig {
-        kv_cache_tokens: Some(32 * 600),
+        kv_budget: KvBudget::Tokens(32 * 600),
         ..EngineConfig::default()
     };
     let mut decoder = LocalDecoder::new(model, None, slots, engine)?;

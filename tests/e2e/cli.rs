@@ -152,29 +152,3 @@ fn lengths_become_pairs_become_nothing_else() -> Result<()> {
     );
     Ok(())
 }
-
-#[test]
-fn a_report_of_simulated_strategies_is_one_page() -> Result<()> {
-    let folder = tempfile::tempdir()?;
-    let path = |name: &str| folder.path().join(name).display().to_string();
-    // The published form: an array of lengths without instructions.
-    let record = |i: u32| serde_json::json!({"id": i, "L_t0.0": 10 + i, "L_t0.3": 20, "L_t0.5": 30, "L_t0.7": 40 + i});
-    let lengths: Vec<_> = (0..64).map(record).collect();
-    std::fs::write(path("lengths.json"), serde_json::to_string(&lengths)?)?;
-    let simulated = run(&[
-        "simulate",
-        "--lengths",
-        &path("lengths.json"),
-        "--strategy",
-        "vanilla,oracle",
-        "--json",
-    ])?;
-    assert_eq!(simulated.code, Some(0), "{}", simulated.stderr);
-    std::fs::write(path("bench.json"), &simulated.stdout)?;
-    let got = run(&["report", "--input", &path("bench.json"), "--output", &path("report")])?;
-    assert_eq!((got.code, got.stdout.as_str()), (Some(0), ""), "{}", got.stderr);
-    let page = std::fs::read_to_string(path("report/index.html"))?;
-    assert!(page.contains("<td>vanilla</td>") && page.contains("<svg"), "{page}");
-    assert!(std::path::Path::new(&path("report/strategies-wasted.svg")).is_file());
-    Ok(())
-}

@@ -7,4 +7,6 @@ mod hub;
 mod length_head;
 mod loading;
 mod pipeline;
+mod report;
+mod signals;
 mod support;

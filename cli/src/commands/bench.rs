@@ -1,32 +1,32 @@
 //! `bench`: strategies timed on the same requests.
 
-use std::collections::HashMap;
+mod predict;
+mod workload;
+
 use std::num::NonZeroUsize;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
 use clap::Args;
-use lengthwise_core::{LengthEstimate, LengthPredictor, Prompt, Request, RequestId, SamplingParams};
+use lengthwise_core::LengthEstimate;
 use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceRequest, run_strategy};
 use lengthwise_model::LoadedModel;
 use lengthwise_scheduler::{CostModel, Planning, ScheduleConfig, Strategy, StrategyReport, StrategyRow};
-use lengthwise_train::files::{InstructionRecord, LengthRecord, read_instructions, read_lengths, write_atomic};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use lengthwise_train::files::write_atomic;
 
 use crate::args::{Global, QuantizeArgs};
 use crate::cost::cost_model;
 use crate::history::History;
-use crate::inputs::{CacheArgs, ScheduleArgs, actual_length, largest_lengths, local_decoder};
+use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::{print, print_json};
-use crate::predictions::{
-    Distributions, PredictionArgs, ask, distributions, disturb, from_file, look_up, numbers, parse_noise,
-    predictor_for, scheduled_length,
-};
+use crate::predictions::{Distributions, PredictionArgs, distributions, parse_noise, scheduled_length};
 use crate::progress::{Bar, rate};
+use crate::slots;
+use crate::sweep::SweepArgs;
 use crate::table::Table;
+use predict::{predict, predictor};
+use workload::{Workload, check_sizes, exported, workload};
 
 /// Flags of `bench`.
 #[derive(Args)]
@@ -39,6 +39,8 @@ pub struct BenchArgs {
     strategy: Vec<Strategy>,
     #[command(flatten)]
     schedule: ScheduleArgs,
+    #[command(flatten)]
+    sweep: SweepArgs,
     #[command(flatten)]
     predictions: PredictionArgs,
     /// Only the first N requests
@@ -72,52 +74,88 @@ pub struct BenchArgs {
     weights: QuantizeArgs,
 }
 
-/// The requests of a run.
-struct Workload {
-    sequences: Vec<SequenceRequest>,
-    /// Texts for predictors; none where prompts are random tokens.
-    prompts: Option<Vec<Prompt>>,
-    /// The true largest lengths, where they are known.
-    largest: Option<Vec<u32>>,
-}
-
 pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
+    let schedules = args.sweep.schedules(&args.schedule)?;
     let model = global.open_quantized(args.weights)?;
     let mut decoder = local_decoder(&model, None, args.schedule.batch_size, args.cache.engine())?;
     let workload = workload(global, args, &decoder)?;
+    args.sweep.check(workload.sequences.len())?;
+    let sizes: Vec<usize> = args.sweep.batch_sizes.iter().map(|size| size.get()).collect();
+    check_sizes(decoder.engine(), &workload.sequences, &sizes)?;
     if let Some(path) = &args.export_workload {
-        write_atomic(path, &workload.sequences.iter().map(exported).collect::<String>())?;
+        write_atomic(path, workload.sequences.iter().map(exported).collect::<String>())?;
     }
     warm_up(&mut decoder, &workload)?;
-    let cost = match args.schedule.wants_cost(&args.strategy) {
-        true => Some(cost_model(&model, args.cache.engine())?),
-        false => None,
+    let bench = Bench {
+        global,
+        args,
+        cost: match args.schedule.wants_cost(&args.strategy) {
+            true => Some(cost_model(&model, args.cache.engine())?),
+            false => None,
+        },
+        model,
+        workload,
+        schedules,
     };
     let mut report = StrategyReport::default();
     for &strategy in &args.strategy {
-        let mut predictor = predictor(args, &model, &workload, strategy)?;
+        report.strategies.extend(bench.strategy(&mut decoder, strategy)?);
+    }
+    // By batch size, and within one in the order asked for.
+    report.strategies.sort_by_key(|row| row.batch_size);
+    match global.json {
+        true => print_json(&report),
+        false => print(&(Table::strategies(&report.strategies).text() + &slots::timelines(&report.strategies))),
+    }
+}
+
+/// What all strategies have in common.
+struct Bench<'a> {
+    global: &'a Global,
+    args: &'a BenchArgs,
+    model: LoadedModel,
+    workload: Workload,
+    cost: Option<CostModel>,
+    /// One for every batch size.
+    schedules: Vec<ScheduleArgs>,
+}
+
+impl Bench<'_> {
+    /// A strategy at every batch size and by every planner; it predicts once, and each run's time counts that.
+    fn strategy(&self, decoder: &mut LocalDecoder, strategy: Strategy) -> anyhow::Result<Vec<StrategyRow>> {
+        let Self {
+            global, args, workload, ..
+        } = self;
+        let mut predictor = predictor(args, &self.model, workload, strategy)?;
         let began = Instant::now();
-        let estimates = predict(global, args, predictor.as_mut(), &workload, strategy)?;
+        let estimates = predict(global, args, predictor.as_mut(), workload, strategy)?;
         let seconds = began.elapsed().as_secs_f64();
         // Its cache is not kept beside the decoder's.
         drop(predictor);
         let length = |e: &LengthEstimate| scheduled_length(e, strategy, args.predictions.admit_quantile);
         let predicted: Vec<u32> = estimates.iter().map(length).collect();
         // Only strategies that sort are planned; the others need not read the history.
-        let sorting = cost.filter(|_| strategy.sorts());
+        let sorting = self.cost.filter(|_| strategy.sorts());
         let ids = workload.sequences.iter().map(|s| &s.id);
         let own = distributions(ids.zip(&estimates));
         let planning = sorting.map(|cost| planning(global, args, cost, own, strategy));
         let planning = planning.transpose()?;
-        for config in args.schedule.configs(strategy, planning.as_ref()) {
-            let sequences = &workload.sequences;
-            let row = time_strategy(&mut decoder, sequences, &predicted, &config, seconds)?;
-            report.strategies.push(row);
+        let configs = self
+            .schedules
+            .iter()
+            .flat_map(|s| s.configs(strategy, planning.as_ref()));
+        let mut rows = Vec::new();
+        for config in configs {
+            if args.sweep.timeline {
+                decoder.engine().record_timeline();
+            }
+            let row = time_strategy(decoder, &workload.sequences, &predicted, &config, seconds)?;
+            rows.push(StrategyRow {
+                timeline: decoder.engine().take_timeline(),
+                ..row
+            });
         }
-    }
-    match global.json {
-        true => print_json(&report),
-        false => print(&Table::strategies(&report.strategies).text()),
+        Ok(rows)
     }
 }
 
@@ -137,168 +175,6 @@ fn planning(
         divide_lengths: args.divide_lengths,
     };
     history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)
-}
-
-fn workload(global: &Global, args: &BenchArgs, decoder: &LocalDecoder) -> anyhow::Result<Workload> {
-    let num = args.num.map_or(usize::MAX, NonZeroUsize::get);
-    let mut records = args
-        .replay
-        .as_deref()
-        .map(read_lengths)
-        .transpose()?
-        .unwrap_or_default();
-    for sample in records.iter_mut().flat_map(|r| &mut r.samples) {
-        sample.tokens = sample.tokens.div_ceil(args.divide_lengths);
-    }
-    match &args.input {
-        Some(path) => {
-            let mut instructions = read_instructions(path)?;
-            instructions.truncate(num);
-            from_instructions(global, args, decoder, &instructions, &records)
-        }
-        None => {
-            records.truncate(num);
-            random_prompts(global, args, decoder.model(), &records)
-        }
-    }
-}
-
-/// The instructions' prompts; lengths by id where they are replayed.
-fn from_instructions(
-    global: &Global,
-    args: &BenchArgs,
-    decoder: &LocalDecoder,
-    instructions: &[InstructionRecord],
-    replay: &[LengthRecord],
-) -> anyhow::Result<Workload> {
-    let cap = args.schedule.max_new_tokens;
-    let recorded: HashMap<&RequestId, &LengthRecord> = replay.iter().map(|r| (&r.id, r)).collect();
-    let sequence = |record: &InstructionRecord| {
-        let request = Request {
-            id: record.id.clone(),
-            prompt: record.prompt.clone(),
-            max_new_tokens: cap,
-            sampling: SamplingParams {
-                seed: global.seed,
-                ..SamplingParams::GREEDY
-            },
-        };
-        let mut sequence = decoder.tokenize(&request)?;
-        if args.replay.is_some() {
-            let lengths = recorded
-                .get(&record.id)
-                .with_context(|| format!("no recorded length for {}", record.id))?;
-            sequence.replay_tokens = Some(actual_length(lengths, &args.actual)?.clamp(1, cap));
-        }
-        Ok(sequence)
-    };
-    let source = args.lengths.as_deref().or(args.replay.as_deref());
-    let ids: Vec<RequestId> = instructions.iter().map(|r| r.id.clone()).collect();
-    let table = |path: &Path| look_up(&largest_lengths(path, cap)?, &ids, path);
-    Ok(Workload {
-        sequences: instructions.iter().map(sequence).collect::<anyhow::Result<_>>()?,
-        prompts: Some(instructions.iter().map(|r| r.prompt.clone()).collect()),
-        largest: source.map(table).transpose()?,
-    })
-}
-
-/// A request as another engine is given it.
-fn exported(sequence: &SequenceRequest) -> String {
-    let value = serde_json::json!({
-        "id": sequence.id.as_str(),
-        "prompt": sequence.prompt,
-        "tokens": sequence.replay_tokens,
-    });
-    format!("{value}\n")
-}
-
-/// Prompts of random tokens, as long as real ones: what they say does not matter where lengths are replayed.
-fn random_prompts(
-    global: &Global,
-    args: &BenchArgs,
-    model: &LoadedModel,
-    replay: &[LengthRecord],
-) -> anyhow::Result<Workload> {
-    let &[shortest, longest] = args.prompt_tokens.as_slice() else {
-        bail!("--prompt-tokens takes two numbers")
-    };
-    if shortest == 0 || shortest > longest {
-        bail!("--prompt-tokens are {shortest} and {longest}: the first must be at least 1 and not above the second");
-    }
-    let cap = args.schedule.max_new_tokens;
-    let mut rng = ChaCha8Rng::seed_from_u64(global.seed);
-    let vocab = model.network.config().vocab_size as u32;
-    let mut sequence = |record: &LengthRecord| {
-        let tokens = rng.random_range(shortest..=longest);
-        Ok(SequenceRequest {
-            id: record.id.clone(),
-            prompt: (0..tokens).map(|_| rng.random_range(0..vocab)).collect(),
-            max_new_tokens: cap,
-            sampling: SamplingParams::GREEDY,
-            replay_tokens: Some(actual_length(record, &args.actual)?.clamp(1, cap)),
-        })
-    };
-    Ok(Workload {
-        sequences: replay.iter().map(&mut sequence).collect::<anyhow::Result<_>>()?,
-        prompts: None,
-        largest: Some(replay.iter().map(|r| r.largest().min(cap)).collect()),
-    })
-}
-
-/// The predictor that one strategy asks; none where its predictions are known. Opened before the clock runs.
-fn predictor(
-    args: &BenchArgs,
-    model: &LoadedModel,
-    workload: &Workload,
-    strategy: Strategy,
-) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
-    let source = &args.predictions;
-    let asks = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
-    let known = match strategy {
-        Strategy::Vanilla => true,
-        Strategy::Oracle if workload.largest.is_some() => true,
-        Strategy::SeqSch | Strategy::Continuous if args.noise_mae.is_some() => true,
-        _ => source.predictions.is_some() || !asks && args.replay.is_some(),
-    };
-    match known || workload.prompts.is_none() {
-        true => Ok(None),
-        false => predictor_for(strategy, source, model, args.schedule.max_new_tokens),
-    }
-}
-
-/// The predictions of one strategy; the time they take counts as its own.
-fn predict(
-    global: &Global,
-    args: &BenchArgs,
-    predictor: Option<&mut Box<dyn LengthPredictor>>,
-    workload: &Workload,
-    strategy: Strategy,
-) -> anyhow::Result<Vec<LengthEstimate>> {
-    let cap = args.schedule.max_new_tokens;
-    let known = workload.largest.as_ref();
-    let at_cap = || numbers(vec![cap; workload.sequences.len()]);
-    if let (Some(predictor), Some(prompts)) = (predictor, &workload.prompts) {
-        return ask(predictor.as_mut(), prompts, cap);
-    }
-    match (strategy, args.noise_mae) {
-        (Strategy::Vanilla, _) => return Ok(at_cap()),
-        (Strategy::Oracle, _) if known.is_some() => return Ok(numbers(known.cloned().unwrap_or_default())),
-        (Strategy::SeqSch | Strategy::Continuous, Some(mae)) => {
-            let known = known.context("--noise-mae disturbs true lengths: give --lengths or --replay")?;
-            return Ok(numbers(disturb(known, mae, cap, global.seed)));
-        }
-        _ => {}
-    }
-    if let Some(path) = &args.predictions.predictions {
-        let ids: Vec<RequestId> = workload.sequences.iter().map(|s| s.id.clone()).collect();
-        return from_file(path, &ids);
-    }
-    let asks = args.predictions.predictor.is_some() || args.predictions.adapter.is_some() || strategy == Strategy::Po;
-    match asks || args.replay.is_none() {
-        // Prompts of random tokens say nothing that could be asked about.
-        true => Ok(at_cap()),
-        false => Ok(numbers(known.cloned().context("--replay has no lengths")?)),
-    }
 }
 
 /// A few requests, so that the first strategy does not pay for cold caches.
@@ -336,7 +212,8 @@ pub fn time_strategy(
             predicted,
         })
         .collect();
-    let mut bar = Bar::new(config.strategy.name(), sequences.len() as u64);
+    let name = format!("{}, {} slots", config.strategy, config.batch_size);
+    let mut bar = Bar::new(&name, sequences.len() as u64);
     let (mut done, mut tokens) = (0, 0);
     let began = Instant::now();
     let stats = run_strategy(decoder.engine(), requests, config, &mut |output| {

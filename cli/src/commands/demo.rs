@@ -10,10 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, bail};
 use clap::Args;
 use lengthwise_core::{Prompt, Request, SamplingParams};
-use lengthwise_decoder::LocalDecoder;
+use lengthwise_decoder::{EngineConfig, LocalDecoder};
 use lengthwise_model::{LoadedModel, LoraConfig};
 use lengthwise_predictor::{ConstantPredictor, Question};
-use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyRow};
+use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyReport, StrategyRow};
 use lengthwise_train::collect::CollectConfig;
 use lengthwise_train::files::{
     InstructionRecord, LengthRecord, Pair, PairFormat, pair_line, read_instructions, write_atomic,
@@ -27,10 +27,10 @@ use super::collect::collect_with_bar;
 use super::eval::{measure, median};
 use super::train::train_with_bar;
 use crate::args::Global;
-use crate::inputs::{CacheArgs, default_slots, local_decoder};
+use crate::inputs::{default_slots, local_decoder};
 use crate::output::{print, print_json};
 use crate::predictions::{ADMIT_QUANTILE, ask, local_predictor, scheduled_length};
-use crate::report::ReportData;
+use crate::report::{ReportData, Source};
 use crate::table::Table;
 
 /// Flags of `demo`.
@@ -93,9 +93,12 @@ pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
         ..figures::speed(&demo.model)?
     };
     write_atomic(&args.output.join(MARK), &(serde_json::to_string_pretty(&data)? + "\n"))?;
-    let index = super::report::write(&data, &args.output.join("report"))?;
+    let index = super::report::write(&[Source::alone(data.clone())], &args.output.join("report"))?;
     if global.json {
-        return print_json(&data);
+        // What there is beyond the strategies is in the folder.
+        return print_json(&StrategyReport {
+            strategies: data.strategies,
+        });
     }
     print(&Table::predictors(&data.predictors).text())?;
     print("")?;
@@ -131,7 +134,7 @@ impl Demo<'_> {
     }
 
     fn decoder(&self, slots: NonZeroUsize) -> anyhow::Result<LocalDecoder> {
-        local_decoder(&self.model, None, slots, CacheArgs { kv_cache_tokens: None }.engine())
+        local_decoder(&self.model, None, slots, EngineConfig::default())
     }
 
     /// Writes instructions of one split, samples the model's answers and keeps their lengths.
@@ -142,7 +145,7 @@ impl Demo<'_> {
         };
         let questions = instructions(split, self.global.seed.wrapping_add(1), n.get());
         let path = self.path(&format!("{name}-instructions.jsonl"));
-        write_atomic(&path, &questions.iter().enumerate().map(line).collect::<String>())?;
+        write_atomic(&path, questions.iter().enumerate().map(line).collect::<String>())?;
         let records: Vec<InstructionRecord> = read_instructions(&path)?;
         let config = CollectConfig {
             model: self.model.name.clone(),

@@ -1,14 +1,14 @@
 //! `generate`: answer every request of a file.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
-use lengthwise_core::{DecodeError, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
-use lengthwise_decoder::{LocalDecoder, PredictedRequest, run_strategy};
+use lengthwise_core::{DecodeError, FinishReason, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
+use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceOutput, run_controlled};
 use lengthwise_scheduler::{Planning, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
@@ -16,9 +16,10 @@ use crate::args::{Global, QuantizeArgs};
 use crate::cost::cost_model;
 use crate::history::History;
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
+use crate::interrupt::Interrupt;
 use crate::output::print_json;
 use crate::predictions::{
-    Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
+    CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
 use crate::progress::{Bar, rate};
 
@@ -71,14 +72,15 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let mut stats = StrategyStats::default();
     let mut config = schedule(args, None)?;
     if !waiting.is_empty() {
+        let interrupt = Interrupt::watch()?;
         let mut decoder = local_decoder(
             &global.open_quantized(args.weights)?,
             None,
             args.schedule.batch_size,
             args.cache.engine(),
         )?;
-        let (requests, distributions) = requests(global, args, &waiting, &decoder)?;
-        if args.schedule.wants_cost(&[args.strategy]) {
+        let (requests, distributions) = requests(global, args, &waiting, &decoder, &interrupt)?;
+        if args.schedule.wants_cost(&[args.strategy]) && !interrupt.is_asked() {
             let cost = cost_model(decoder.model(), args.cache.engine())?;
             let history = History {
                 path: args.schedule.history.as_deref(),
@@ -89,11 +91,15 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             let planning = history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)?;
             config = schedule(args, Some(&planning))?;
         }
-        stats = decode(&config, &waiting, requests, &mut decoder, &mut |id, line| {
+        let mut keep = |id, line: String| {
             journal.push(&line).map_err(DecodeError::sink)?;
             lines.insert(id, line);
             Ok(())
-        })?;
+        };
+        stats = decode(&config, &waiting, requests, &mut decoder, &interrupt, &mut keep)?;
+        if interrupt.is_asked() && lines.len() < records.len() {
+            return Err(stopped(lines.len(), records.len(), &args.output));
+        }
     }
     let text = records.iter().map(|r| {
         Ok(lines
@@ -109,6 +115,12 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
         true => print_json(&StrategyReport { strategies: vec![row] }),
         false => Ok(()),
     }
+}
+
+/// What is said of a run that was asked to end before it was done.
+fn stopped(done: usize, of: usize, output: &Path) -> anyhow::Error {
+    let output = output.display();
+    anyhow!("stopped: {done} of {of} answers for {output} are kept; the same command goes on from there")
 }
 
 /// The answers that an earlier run finished, by request.
@@ -131,6 +143,7 @@ fn requests(
     args: &GenerateArgs,
     records: &[&InstructionRecord],
     decoder: &LocalDecoder,
+    interrupt: &Interrupt,
 ) -> anyhow::Result<(Vec<(PredictedRequest, u32)>, Distributions)> {
     let cap = args.schedule.max_new_tokens;
     let defaults = decoder.model().sampling;
@@ -154,8 +167,14 @@ fn requests(
     let predictor = predictor_for(args.strategy, &args.predictions, decoder.model(), cap)?;
     let estimates: Vec<LengthEstimate> = match (predictor, &args.predictions.predictions) {
         (Some(mut predictor), _) => {
-            let prompts: Vec<Prompt> = records.iter().map(|r| r.prompt.clone()).collect();
-            ask(predictor.as_mut(), &prompts, cap)?
+            let mut estimates = Vec::with_capacity(records.len());
+            // A run that was asked to end needs no more of them.
+            for chunk in records.chunks(CHUNK).take_while(|_| !interrupt.is_asked()) {
+                let prompts: Vec<Prompt> = chunk.iter().map(|r| r.prompt.clone()).collect();
+                estimates.extend(ask(predictor.as_mut(), &prompts, cap)?);
+            }
+            estimates.resize(records.len(), LengthEstimate::of(cap));
+            estimates
         }
         (None, Some(path)) => {
             let ids: Vec<RequestId> = records.iter().map(|r| r.id.clone()).collect();
@@ -185,6 +204,7 @@ fn decode(
     records: &[&InstructionRecord],
     requests: Vec<(PredictedRequest, u32)>,
     decoder: &mut LocalDecoder,
+    interrupt: &Interrupt,
     on_line: &mut dyn FnMut(RequestId, String) -> Result<(), DecodeError>,
 ) -> anyhow::Result<StrategyStats> {
     let by_id: HashMap<RequestId, (&InstructionRecord, usize, u32)> = records
@@ -197,7 +217,10 @@ fn decode(
     let requests: Vec<PredictedRequest> = requests.into_iter().map(|(request, _)| request).collect();
     let mut bar = Bar::new("generate", requests.len() as u64);
     let (mut done, mut tokens) = (0, 0);
-    let stats = run_strategy(decoder.engine(), requests, config, &mut |output| {
+    let mut on_output = |output: SequenceOutput| {
+        if output.finish == FinishReason::Cancelled {
+            return Ok(());
+        }
         (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
         bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
         let Some(&(record, prompt_tokens, predicted)) = by_id.get(&output.id) else {
@@ -207,7 +230,9 @@ fn decode(
         let response = LocalDecoder::response_of(&model, output)?;
         let answer = Answer::new(response, predicts.then_some(predicted));
         on_line(id, answer_line(&answer, record, prompt_tokens).trim_end().to_owned())
-    })?;
+    };
+    let cancellation = &interrupt.cancellation;
+    let stats = run_controlled(decoder.engine(), requests, config, cancellation, &mut on_output);
     bar.finish();
-    Ok(stats)
+    Ok(stats?)
 }

@@ -63,7 +63,7 @@ pub fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Generate(args) => generate::run(global, &args),
         Command::Bench(args) => bench::run(global, &args),
         Command::Simulate(args) => simulate::run(global, &args),
-        Command::Report(args) => report::run(global, args),
+        Command::Report(args) => report::run(global, &args),
         Command::Profile(args) => profile::run(global, &args),
         Command::Pretrain(args) => pretrain::run(global, &args),
     }

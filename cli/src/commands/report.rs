@@ -1,21 +1,23 @@
-//! `report`: the figures of a result, and one page with all of them.
+//! `report`: the figures of results, and one page with all of them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use lengthwise_train::files::write_atomic;
 use serde_json::json;
 
 use crate::args::Global;
 use crate::output;
-use crate::report::{ReportData, figures, page};
+use crate::progress::Bar;
+use crate::report::{Source, figures, page, png, read};
 
-/// Draws the figures of a result as SVG and puts them with its tables on one HTML page, which needs no other file.
+/// Draws the figures of results as SVG and PNG, and puts them with the results' tables on one HTML page, which needs no
+/// other file.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// What `bench`, `simulate`, `eval` or `demo` printed with --json
-    #[arg(short, long, value_name = "FILE")]
-    pub input: PathBuf,
+    /// What bench, simulate, eval or profile printed with --json, a demo.json, a summary of scripts/bench_decode, or
+    /// recorded lengths (lengths.jsonl or the published array), told apart by their content; give it again for more
+    #[arg(short, long, value_name = "FILE", required = true)]
+    pub input: Vec<PathBuf>,
 
     /// Folder for index.html and the figures
     #[arg(short, long, value_name = "DIR")]
@@ -25,15 +27,11 @@ pub struct Args {
 /// Draws.
 ///
 /// # Errors
-/// The input is no result, or the folder cannot be written.
-pub fn run(global: &Global, args: Args) -> anyhow::Result<()> {
-    let name = args.input.display();
-    let text = std::fs::read_to_string(&args.input).with_context(|| name.to_string())?;
-    let data: ReportData = serde_json::from_str(&text).with_context(|| format!("{name} is no result"))?;
-    if data.is_empty() {
-        anyhow::bail!("{name} holds nothing to report: give what `bench --json` or `eval --json` printed");
-    }
-    let index = write(&data, &args.output)?;
+/// An input is nothing that can be drawn, or the folder cannot be written.
+pub fn run(global: &Global, args: &Args) -> anyhow::Result<()> {
+    // All are read before anything is written.
+    let sources = read(&args.input)?;
+    let index = write(&sources, &args.output)?;
     tracing::info!("the report is {}", index.display());
     if global.json {
         output::print_json(&json!({ "report": index }))?;
@@ -45,12 +43,16 @@ pub fn run(global: &Global, args: Args) -> anyhow::Result<()> {
 ///
 /// # Errors
 /// The folder cannot be written.
-pub fn write(data: &ReportData, folder: &std::path::Path) -> anyhow::Result<PathBuf> {
-    let figures = figures(data)?;
-    for figure in &figures {
+pub fn write(sources: &[Source], folder: &Path) -> anyhow::Result<PathBuf> {
+    let figures = figures(sources);
+    let mut bar = Bar::new("figures", figures.len() as u64);
+    for (done, figure) in figures.iter().enumerate() {
+        bar.set(done as u64, |_| figure.name.clone());
         write_atomic(&folder.join(format!("{}.svg", figure.name)), &figure.svg)?;
+        write_atomic(&folder.join(format!("{}.png", figure.name)), png(&figure.svg)?)?;
     }
+    bar.finish();
     let index = folder.join("index.html");
-    write_atomic(&index, &page(data, &figures))?;
+    write_atomic(&index, page(sources, &figures))?;
     Ok(index)
 }

@@ -1,6 +1,5 @@
 //! `serve`: the gRPC predictor.
 
-use std::future::Future;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -16,6 +15,7 @@ use metrics_exporter_prometheus::PrometheusBuilder;
 use tokio::net::TcpListener;
 
 use crate::args::{Global, QuantizeArgs};
+use crate::interrupt::StopSignals;
 use crate::output::print_json;
 use crate::predictions::local_predictor;
 
@@ -81,7 +81,9 @@ pub fn run(global: &Global, args: &ServeArgs) -> anyhow::Result<()> {
             max_wait: Duration::from_millis(args.max_wait_ms),
             capacity: args.queue_capacity,
         };
-        server.serve(predictor, batching, info, stop_signal()?).await?;
+        let mut signals = StopSignals::new()?;
+        let stop = async move { signals.next().await };
+        server.serve(predictor, batching, info, stop).await?;
         Ok(())
     })
 }
@@ -120,18 +122,6 @@ fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> ServerInfo
         max_new_tokens: args.max_new_tokens,
         max_prompt_tokens: model.network.config().max_position_embeddings as u32 - 1,
     }
-}
-
-/// Ends at SIGTERM or Ctrl-C.
-fn stop_signal() -> anyhow::Result<impl Future<Output = ()> + Send> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut terminate = signal(SignalKind::terminate())?;
-    Ok(async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = tokio::signal::ctrl_c() => {}
-        }
-    })
 }
 
 async fn bind_metrics(address: &str) -> anyhow::Result<TcpListener> {

@@ -4,7 +4,6 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::bail;
 use clap::Args;
 use lengthwise_core::{LengthEstimate, RequestId};
 use lengthwise_decoder::EngineConfig;
@@ -19,6 +18,8 @@ use crate::history::History;
 use crate::inputs::{ScheduleArgs, actual_length};
 use crate::output::{print, print_json};
 use crate::predictions::{Distributions, distributions, disturb, from_file, numbers, parse_noise};
+use crate::slots;
+use crate::sweep::SweepArgs;
 use crate::table::Table;
 
 /// Flags of `simulate`.
@@ -48,21 +49,15 @@ pub struct SimulateArgs {
     /// from the first token
     #[arg(long)]
     resume: bool,
-    /// Add to --json what every slot did in every step, for the figure that `report` makes of it
-    #[arg(long)]
-    timeline: bool,
+    #[command(flatten)]
+    sweep: SweepArgs,
 }
 
-/// Requests that a figure of the slots can show.
-const MOST_DRAWN: usize = 1000;
-
 pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
+    let schedules = args.sweep.schedules(&args.schedule)?;
     let mut records = read_lengths(&args.lengths)?;
     records.truncate(args.num.map_or(usize::MAX, NonZeroUsize::get));
-    if args.timeline && records.len() > MOST_DRAWN {
-        let got = records.len();
-        bail!("--timeline is for at most {MOST_DRAWN} requests, there are {got}: give --num");
-    }
+    args.sweep.check(records.len())?;
     let cost = match args.schedule.wants_cost(&args.strategy) {
         true => Some(cost_model(&global.open_model()?, EngineConfig::default())?),
         false => None,
@@ -76,11 +71,11 @@ pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
         let own = distributions(records.iter().map(|r| &r.id).zip(&estimates));
         let planning = sorting.map(|cost| planning(global, args, cost, own, strategy));
         let planning = planning.transpose()?;
-        for config in args.schedule.configs(strategy, planning.as_ref()) {
+        for config in schedules.iter().flat_map(|s| s.configs(strategy, planning.as_ref())) {
             let machine = Machine {
                 clock: cost,
                 resumes: args.resume,
-                timeline: args.timeline,
+                timeline: args.sweep.timeline,
             };
             let simulated = simulate(&requests, &config, machine)?;
             report.strategies.push(StrategyRow {
@@ -90,9 +85,11 @@ pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
             });
         }
     }
+    // By batch size, and within one in the order asked for.
+    report.strategies.sort_by_key(|row| row.batch_size);
     match global.json {
         true => print_json(&report),
-        false => print(&Table::strategies(&report.strategies).text()),
+        false => print(&(Table::strategies(&report.strategies).text() + &slots::timelines(&report.strategies))),
     }
 }
 

@@ -1,204 +1,264 @@
 //! What all figures have in common: size, colours, axes, legend.
 
-use std::ops::Range;
+use super::svg::{Anchor, Color, Font, Stroke, Svg};
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
-use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
+/// Colours of text, quiet text, grid and paper.
+pub const INK: Color = Color(0x1f, 0x29, 0x37);
+pub const QUIET: Color = Color(0x4b, 0x55, 0x63);
+pub const GRID: Color = Color(0xe3, 0xe6, 0xea);
+pub const PAPER: Color = Color(0xff, 0xff, 0xff);
 
-/// Colours of text, quiet text, grid and paper. The page maps each of them to the reader's light or dark scheme, so
-/// no figure may use another for these purposes.
-pub const INK: RGBColor = RGBColor(0x1f, 0x29, 0x37);
-pub const QUIET: RGBColor = RGBColor(0x6b, 0x72, 0x81);
-pub const GRID: RGBColor = RGBColor(0xe3, 0xe6, 0xea);
-pub const PAPER: RGBColor = RGBColor(0xff, 0xff, 0xfe);
+/// Colours of data: those of Okabe and Ito, which people of every kind of colour vision tell apart, and a grey.
+pub const BLUE: Color = Color(0x00, 0x72, 0xb2);
+pub const ORANGE: Color = Color(0xe6, 0x9f, 0x00);
+pub const GREEN: Color = Color(0x00, 0x9e, 0x73);
+pub const PURPLE: Color = Color(0xcc, 0x79, 0xa7);
+pub const VERMILION: Color = Color(0xd5, 0x5e, 0x00);
+pub const SKY: Color = Color(0x56, 0xb4, 0xe9);
+pub const GREY: Color = Color(0x75, 0x7d, 0x8a);
 
-/// Colours of data, readable on light and on dark paper.
-pub const BLUE: RGBColor = RGBColor(0x3b, 0x82, 0xf6);
-pub const GREEN: RGBColor = RGBColor(0x10, 0xa3, 0x7f);
-pub const AMBER: RGBColor = RGBColor(0xe0, 0x8e, 0x0b);
-pub const VIOLET: RGBColor = RGBColor(0x8b, 0x5c, 0xf6);
-pub const ROSE: RGBColor = RGBColor(0xe1, 0x4d, 0x72);
-pub const SLATE: RGBColor = RGBColor(0x8a, 0x94, 0xa6);
+const SERIES: [Color; 7] = [GREY, BLUE, ORANGE, GREEN, PURPLE, VERMILION, SKY];
 
 /// The colour of the `index`th series.
-pub fn series_color(index: usize) -> RGBColor {
-    [BLUE, AMBER, GREEN, VIOLET, ROSE, SLATE][index % 6]
+pub fn series_color(index: usize) -> Color {
+    SERIES[index % SERIES.len()]
 }
 
 /// Width of every figure; its height is its own.
-pub const WIDTH: u32 = 720;
-/// plotters divides sizes by 1.24 when it writes SVG; these are 13 and 17 pixels.
-const TEXT_SIZE: f64 = 13.0 * 1.24;
-const TITLE_SIZE: f64 = 17.0 * 1.24;
-/// Above the plot: the title, and below it the legend.
-const TITLE_HEIGHT: u32 = 34;
-pub const LEGEND_HEIGHT: u32 = 26;
-pub const MARGIN: u32 = 16;
+pub const WIDTH: f64 = 760.0;
+pub const MARGIN: f64 = 18.0;
+/// Above the plot: the title, and below it the rows of the legend.
+pub const TITLE_HEIGHT: f64 = 44.0;
+const LEGEND_ROW: f64 = 22.0;
+/// Around the plot: numbers and names of the axes.
+const LEFT: f64 = 92.0;
+const BOTTOM: f64 = 56.0;
+const RIGHT: f64 = 30.0;
+const TEXT_SIZE: f64 = 13.0;
+/// A letter of that size, on average; a little more than the font's own, so that nothing touches.
+const LETTER: f64 = 7.2;
 
-pub type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
-pub type Plot<'a> = ChartContext<
-    'a,
-    SVGBackend<'a>,
-    Cartesian2d<plotters::coord::types::RangedCoordf64, plotters::coord::types::RangedCoordf64>,
->;
-
-/// One axis.
-pub struct Axis<'a> {
-    /// What it measures, with the unit.
-    pub label: &'a str,
-    /// What it spans.
-    pub range: Range<f64>,
-    /// Ticks, about.
-    pub ticks: usize,
-    /// A tick's text.
-    pub format: &'a dyn Fn(&f64) -> String,
+/// Text of the usual size.
+pub fn text(color: Color, anchor: Anchor) -> Font {
+    Font {
+        size: TEXT_SIZE,
+        bold: false,
+        color,
+        anchor,
+    }
 }
 
-impl<'a> Axis<'a> {
-    /// A vertical axis from 0 to a round number a little above `most`.
-    pub fn from_zero(label: &'a str, most: f64) -> Self {
-        Self {
-            label,
-            range: 0.0..axis_end(most * 1.02),
-            ticks: 6,
-            format: &number,
+/// Pixels that a text of the usual size takes, about.
+pub fn text_width(text: &str) -> f64 {
+    LETTER * text.chars().count() as f64
+}
+
+/// A sheet of the common width with a title.
+pub fn sheet(title: &str, height: f64) -> Svg {
+    let mut svg = Svg::new(WIDTH, height, PAPER);
+    let font = Font {
+        size: 17.0,
+        bold: true,
+        color: INK,
+        anchor: Anchor::Start,
+    };
+    svg.text(title, [MARGIN, 24.0], font);
+    svg
+}
+
+/// What an entry of the legend stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Sign {
+    /// An area or bars.
+    Area,
+    /// A line, without marks.
+    Line(Stroke),
+    /// A line with the marks of the `n`th series.
+    Series(usize),
+}
+
+/// An entry of the legend.
+#[derive(Debug, Clone)]
+pub struct Key {
+    /// What it says.
+    pub name: String,
+    /// Of the sign.
+    pub color: Color,
+    /// What stands before the name.
+    pub sign: Sign,
+}
+
+impl Key {
+    /// An entry with a sign of its own.
+    pub fn new(name: impl Into<String>, color: Color, sign: Sign) -> Self {
+        let name = name.into();
+        Self { name, color, sign }
+    }
+
+    /// The `index`th series of a chart of lines.
+    pub fn series(name: impl Into<String>, index: usize) -> Self {
+        Self::new(name, series_color(index), Sign::Series(index))
+    }
+
+    fn width(&self) -> f64 {
+        34.0 + text_width(&self.name) + 14.0
+    }
+}
+
+/// Pixels that a legend takes: it breaks into rows, above the plot, so that it covers no data.
+pub fn legend_height(keys: &[Key]) -> f64 {
+    rows(keys).len() as f64 * LEGEND_ROW
+}
+
+/// Draws the legend below the title.
+pub fn legend(svg: &mut Svg, keys: &[Key]) {
+    for (row, keys) in rows(keys).into_iter().enumerate() {
+        let y = TITLE_HEIGHT + (row as f64 + 0.5) * LEGEND_ROW;
+        let mut x = MARGIN;
+        for key in keys {
+            match key.sign {
+                Sign::Area => svg.rect([x + 7.0, y - 6.5], [x + 20.0, y + 6.5], key.color, 1.0),
+                Sign::Line(stroke) => svg.line(&[[x, y], [x + 26.0, y]], key.color, 2.0, stroke),
+                Sign::Series(index) => {
+                    svg.line(&[[x, y], [x + 26.0, y]], key.color, 2.0, Stroke::Solid);
+                    mark(svg, [x + 13.0, y], index, key.color);
+                }
+            }
+            svg.text(&key.name, [x + 34.0, y], text(INK, Anchor::Start));
+            x += key.width();
         }
     }
+}
+
+fn rows(keys: &[Key]) -> Vec<Vec<&Key>> {
+    let mut rows: Vec<Vec<&Key>> = Vec::new();
+    let mut left = 0.0;
+    for key in keys {
+        if rows.is_empty() || key.width() > left {
+            rows.push(Vec::new());
+            left = WIDTH - 2.0 * MARGIN;
+        }
+        left -= key.width();
+        if let Some(row) = rows.last_mut() {
+            row.push(key);
+        }
+    }
+    rows
+}
+
+/// The mark of a series: its shape tells it apart where its colour does not.
+pub fn mark(svg: &mut Svg, [x, y]: [f64; 2], series: usize, color: Color) {
+    match series % 4 {
+        0 => svg.circle([x, y], 4.5, color, 1.0),
+        1 => svg.rect([x - 4.2, y - 4.2], [x + 4.2, y + 4.2], color, 1.0),
+        2 => svg.polygon(&[[x, y - 5.5], [x + 5.2, y + 4.0], [x - 5.2, y + 4.0]], color, 1.0),
+        _ => svg.polygon(&[[x, y - 5.8], [x + 5.8, y], [x, y + 5.8], [x - 5.8, y]], color, 1.0),
+    }
+}
+
+/// One axis.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Axis {
+    /// What it measures, with the unit.
+    pub label: String,
+    /// From where to where.
+    pub range: [f64; 2],
+    /// Where a tick is, and its text.
+    pub ticks: Vec<(f64, String)>,
 }
 
 /// A chart around its series.
 pub struct Frame<'a> {
     /// Its title.
     pub title: &'a str,
-    /// Its height, in pixels.
-    pub height: u32,
-    /// What the colours mean.
-    pub legend: &'a [(String, RGBColor)],
+    /// Of the plot itself, in pixels.
+    pub height: f64,
+    /// What its signs mean.
+    pub legend: &'a [Key],
     /// The horizontal axis.
-    pub x: Axis<'a>,
+    pub x: Axis,
     /// The vertical axis.
-    pub y: Axis<'a>,
+    pub y: Axis,
 }
 
-/// Text of a colour at one end or the middle of its position.
-pub fn text(color: RGBColor, anchor: HPos) -> TextStyle<'static> {
-    let style = TextStyle {
-        color: color.to_backend_color(),
-        ..TextStyle::from(("sans-serif", TEXT_SIZE).into_font())
-    };
-    style.pos(Pos::new(anchor, VPos::Center))
+/// A chart whose series are being drawn.
+pub struct Chart {
+    /// The sheet.
+    pub svg: Svg,
+    x: Axis,
+    y: Axis,
+    top: f64,
+    height: f64,
 }
 
-/// An SVG of the common width with a title; `content` draws the rest below it.
-pub fn canvas(title: &str, height: u32, content: impl FnOnce(&Canvas) -> Result<()>) -> Result<String> {
-    let mut svg = String::new();
-    {
-        let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
-        root.fill(&PAPER).map_err(failed)?;
-        let bold = ("sans-serif", TITLE_SIZE).into_font().style(FontStyle::Bold);
-        let style = TextStyle::from(bold)
-            .color(&INK)
-            .pos(Pos::new(HPos::Left, VPos::Center));
-        root.draw_text(title, &style, (MARGIN as i32, 22)).map_err(failed)?;
-        let (_, below) = root.split_vertically(TITLE_HEIGHT);
-        content(&below)?;
-        root.present().map_err(failed)?;
+impl Chart {
+    /// Title, legend, axes and grid.
+    pub fn new(frame: Frame) -> Self {
+        let top = TITLE_HEIGHT + legend_height(frame.legend) + 16.0;
+        let mut svg = sheet(frame.title, top + frame.height + BOTTOM);
+        legend(&mut svg, frame.legend);
+        let mut chart = Self {
+            svg,
+            x: frame.x,
+            y: frame.y,
+            top,
+            height: frame.height,
+        };
+        chart.axes();
+        chart
     }
-    Ok(svg)
-}
 
-/// A chart: title, legend, axes and grid, and what `series` draws.
-pub fn chart(frame: &Frame, series: impl FnOnce(&mut Plot) -> Result<()>) -> Result<String> {
-    canvas(frame.title, frame.height, |below| {
-        legend(below, frame.legend)?;
-        let (_, area) = below.split_vertically(if frame.legend.is_empty() { 0 } else { LEGEND_HEIGHT });
-        let mut builder = ChartBuilder::on(&area);
-        builder
-            .margin(MARGIN)
-            .margin_top(10)
-            .margin_right(2 * MARGIN)
-            .set_label_area_size(LabelAreaPosition::Bottom, 46);
-        builder.set_label_area_size(LabelAreaPosition::Left, 64);
-        let mut plot = builder
-            .build_cartesian_2d(frame.x.range.clone(), frame.y.range.clone())
-            .map_err(failed)?;
-        let label = text(QUIET, HPos::Center);
-        let mut mesh = plot.configure_mesh();
-        mesh.x_labels(frame.x.ticks)
-            .y_labels(frame.y.ticks)
-            .max_light_lines(0)
-            .bold_line_style(GRID)
-            .axis_style(GRID);
-        mesh.x_label_formatter(frame.x.format).y_label_formatter(frame.y.format);
-        mesh.x_desc(frame.x.label).y_desc(frame.y.label);
-        mesh.label_style(("sans-serif", TEXT_SIZE).into_font().color(&QUIET));
-        mesh.axis_desc_style(label).draw().map_err(failed)?;
-        series(&mut plot)
-    })
-}
-
-pub fn legend(area: &Canvas, entries: &[(String, RGBColor)]) -> Result<()> {
-    let mut x = MARGIN as i32;
-    let y = LEGEND_HEIGHT as i32 / 2;
-    for (name, color) in entries {
-        area.draw(&Rectangle::new([(x, y - 6), (x + 12, y + 6)], color.filled()))
-            .map_err(failed)?;
-        area.draw_text(name, &text(INK, HPos::Left), (x + 18, y))
-            .map_err(failed)?;
-        // The library knows no widths of letters: seven pixels are a wide one of this size.
-        x += 18 + 7 * name.chars().count() as i32 + 22;
+    /// Where a point stands on the sheet.
+    pub fn at(&self, x: f64, y: f64) -> [f64; 2] {
+        let share = |value: f64, [from, to]: [f64; 2]| (value - from) / (to - from);
+        let width = WIDTH - LEFT - RIGHT;
+        let below = share(y, self.y.range);
+        [
+            LEFT + share(x, self.x.range) * width,
+            self.top + (1.0 - below) * self.height,
+        ]
     }
-    Ok(())
-}
 
-/// The drawing library's error; it borrows, so its text is kept.
-pub fn failed(err: impl std::fmt::Display) -> anyhow::Error {
-    anyhow!("a figure could not be drawn: {err}")
-}
-
-/// The next round number from `value` up: 1, 2, 2.5 or 5 times a power of ten.
-pub fn round_up(value: f64) -> f64 {
-    next(value, &[1.0, 2.0, 2.5, 5.0])
-}
-
-/// Where an axis ends that shows up to `value`: finer than [`round_up`], so that little of the plot stays empty.
-pub fn axis_end(value: f64) -> f64 {
-    next(value, &[1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0])
-}
-
-fn next(value: f64, steps: &[f64]) -> f64 {
-    if value <= 0.0 {
-        return 1.0;
+    fn axes(&mut self) {
+        let ([left, right], [bottom, top]) = (self.x.range, self.y.range);
+        for (value, label) in self.y.ticks.clone() {
+            let (from, to) = (self.at(left, value), self.at(right, value));
+            self.svg.line(&[from, to], GRID, 1.0, Stroke::Solid);
+            self.svg
+                .text(&label, [from[0] - 9.0, from[1]], text(QUIET, Anchor::End));
+        }
+        for (value, label) in self.x.ticks.clone() {
+            let (from, to) = (self.at(value, bottom), self.at(value, top));
+            self.svg.line(&[from, to], GRID, 1.0, Stroke::Solid);
+            self.svg
+                .text(&label, [from[0], from[1] + 16.0], text(QUIET, Anchor::Middle));
+        }
+        let corner = self.at(left, bottom);
+        let ends = [self.at(left, top), corner, self.at(right, bottom)];
+        self.svg.line(&ends, GREY, 1.0, Stroke::Solid);
+        let middle = [(corner[0] + ends[2][0]) / 2.0, corner[1] + 40.0];
+        self.svg.text(&self.x.label, middle, text(INK, Anchor::Middle));
+        let side = [MARGIN + 2.0, (corner[1] + ends[0][1]) / 2.0];
+        self.svg.text_upwards(&self.y.label, side, text(INK, Anchor::Middle));
     }
-    let power = 10f64.powf(value.log10().floor());
-    let step = steps.iter().find(|&step| step * power >= value * (1.0 - 1e-9));
-    step.unwrap_or(&10.0) * power
-}
 
-/// An axis's number: whole ones with thousands set apart, others with up to three digits behind the point.
-pub fn number(value: &f64) -> String {
-    // Ticks are sums of steps, so 0.3 may come as 0.30000000000000004.
-    let rounded = (value * 1000.0).round() / 1000.0;
-    if rounded.fract() == 0.0 && rounded >= 0.0 {
-        crate::table::grouped(rounded as u64)
-    } else {
-        rounded.to_string()
+    /// A line, with the marks of its series where that is given and they can be told apart.
+    pub fn line(&mut self, points: &[(f64, f64)], color: Color, stroke: Stroke, marks: Option<usize>) {
+        let places: Vec<[f64; 2]> = points.iter().map(|&(x, y)| self.at(x, y)).collect();
+        self.svg.line(&places, color, 2.0, stroke);
+        if let Some(series) = marks.filter(|_| points.len() <= 40) {
+            places.iter().for_each(|&at| mark(&mut self.svg, at, series, color));
+        }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+    /// A bar from the horizontal axis up.
+    pub fn bar(&mut self, from: f64, to: f64, height: f64, color: Color) {
+        let (upper, lower) = (self.at(from, height), self.at(to, self.y.range[0]));
+        self.svg.rect(upper, lower, color, 1.0);
+    }
 
-    #[test]
-    fn axes_end_at_round_numbers() {
-        assert_eq!(
-            [0.0, 1.0, 1.1, 2.2, 430.0, 7000.0].map(round_up),
-            [1.0, 1.0, 2.0, 2.5, 500.0, 10000.0]
-        );
-        assert_eq!([0.0, 1.1, 816.0, 5.5, 8.1].map(axis_end), [1.0, 1.2, 1000.0, 6.0, 10.0]);
-        assert_eq!([0.1 + 0.2, 1500.0, 0.0].map(|v| number(&v)), ["0.3", "1,500", "0"]);
+    /// The file.
+    pub fn finish(self) -> String {
+        self.svg.finish()
     }
 }

@@ -1,98 +1,88 @@
-//! Lengths: how they are spread, and how well they are predicted.
+//! Lengths: how they are distributed, and how far the samples of an instruction lie apart.
 
-use anyhow::Result;
-use plotters::prelude::*;
+use super::axis::{number, round_up};
+use super::chart::{Axis, BLUE, Chart, Frame, INK, Key, Sign, VERMILION};
+use super::svg::{Color, Stroke};
+use super::{Figure, Source};
+use crate::table::{grouped, percent};
 
-use super::Figure;
-use super::chart::{
-    AMBER, Axis, BLUE, Frame, GREEN, Plot, QUIET, VIOLET, axis_end, chart, failed, number, round_up, series_color,
-};
-use super::data::PredictionSeries;
-use crate::table::percent;
-
-const HEIGHT: u32 = 380;
+const HEIGHT: f64 = 300.0;
 /// Bars of the histogram, at most.
-const BARS: f64 = 40.0;
+const BARS: f64 = 50.0;
 /// Width of a bar of the spread, and the ratio that the last one is open from.
 const SPREAD_STEP: f64 = 0.25;
 const SPREAD_LAST: f64 = 5.0;
-/// Tokens around the truth within which a prediction counts as good (Acc-50).
-const BAND: f64 = 50.0;
+
+/// A vertical line in a histogram: where, its colour, its stroke, and what it says in the legend.
+type Mark = (f64, Color, Stroke, String);
+
+/// Left edge, right edge and count of a bar.
+type Column = (f64, f64, f64);
 
 /// How many samples have which length.
-///
-/// # Errors
-/// The drawing library failed.
-pub fn histogram(samples: &[Vec<u32>]) -> Result<Figure> {
+pub fn histogram(source: &Source) -> Figure {
+    let samples = &source.data.length_samples;
     let mut lengths: Vec<f64> = samples.iter().flatten().map(|&tokens| f64::from(tokens)).collect();
     lengths.sort_by(f64::total_cmp);
     let longest = lengths.last().copied().unwrap_or(1.0).max(1.0);
     let step = round_up(longest / BARS).max(1.0);
     let end = (longest / step).floor() * step + step;
-    let counts = counts(&lengths, 0.0, step, (end / step).round() as usize);
+    let columns = counts(&lengths, 0.0, step, (end / step).round() as usize);
     let (median, high) = (quantile(&lengths, 0.5), quantile(&lengths, 0.95));
-    let marks = [(median, AMBER), (high, VIOLET)];
-    let legend = [
-        ("samples".to_owned(), BLUE),
-        (format!("median {}", number(&median)), AMBER),
-        (format!("95 % are below {}", number(&high)), VIOLET),
+    let marks = [
+        (median, VERMILION, Stroke::Solid, format!("median {}", number(median))),
+        (high, INK, Stroke::Dashed, format!("95 % are at most {}", number(high))),
     ];
-    let x = Axis {
-        label: "length, in tokens",
-        range: 0.0..end,
-        ticks: 9,
-        format: &number,
-    };
-    Ok(Figure {
-        name: "lengths",
-        title: "Response lengths",
-        caption: format!("{} samples of {} instructions.", lengths.len(), samples.len()),
-        svg: columns("Response lengths", &legend, x, "samples", &counts, &marks)?,
+    let x = Axis::up_to("length of the answer, in tokens", end);
+    let (all, instructions) = (grouped(lengths.len() as u64), grouped(samples.len() as u64));
+    let caption = format!(
+        "{all} sampled answers to {instructions} instructions; width of a bar in tokens: {}.",
+        number(step)
+    );
+    source.figure("lengths", "Length distribution", caption, |title| {
+        draw(title, "answers", x, "answers per bar", &columns, &marks)
     })
 }
 
 /// How much the samples of one instruction differ: the longest over the shortest.
-///
-/// # Errors
-/// The drawing library failed.
-pub fn spread(samples: &[Vec<u32>]) -> Result<Figure> {
+pub fn spread(source: &Source) -> Figure {
+    let samples = &source.data.length_samples;
     let mut ratios: Vec<f64> = samples.iter().filter_map(|samples| ratio(samples)).collect();
     ratios.sort_by(f64::total_cmp);
     let bars = ((SPREAD_LAST - 1.0) / SPREAD_STEP) as usize + 1;
-    let counts = counts(&ratios, 1.0, SPREAD_STEP, bars);
+    let columns = counts(&ratios, 1.0, SPREAD_STEP, bars);
     let median = quantile(&ratios, 0.5);
-    let legend = [
-        ("instructions".to_owned(), BLUE),
-        (format!("median {median:.2}"), AMBER),
-    ];
     let last = SPREAD_LAST + SPREAD_STEP;
-    let tick = |value: &f64| match *value {
-        value if value >= SPREAD_LAST => "5 or more".to_owned(),
-        value => number(&value),
+    let mark = (
+        median.min(last),
+        VERMILION,
+        Stroke::Solid,
+        format!("median {median:.2}"),
+    );
+    let tick = |i: u32| {
+        let at = 1.0 + 0.5 * f64::from(i);
+        let text = if at < SPREAD_LAST {
+            number(at)
+        } else {
+            "5 or more".to_owned()
+        };
+        (at, text)
     };
     let x = Axis {
-        label: "longest sample ÷ shortest sample",
-        range: 1.0..last,
-        ticks: 9,
-        format: &tick,
+        label: "longest sample ÷ shortest sample".to_owned(),
+        range: [1.0, last],
+        ticks: (0..=8).map(tick).collect(),
     };
     let twice = ratios.iter().filter(|&&ratio| ratio >= 2.0).count() as f64 / ratios.len().max(1) as f64;
-    Ok(Figure {
-        name: "length-spread",
-        title: "Spread of lengths over the samples of an instruction",
-        caption: format!(
-            "The longest of an instruction's samples over its shortest. {} of the instructions have a sample at least \
-             twice as long as another: that much of the length is chance, which no predictor can know.",
-            percent(twice)
-        ),
-        svg: columns(
-            "Spread of lengths over the samples of an instruction",
-            &legend,
-            x,
-            "instructions",
-            &counts,
-            &[(median.min(last), AMBER)],
-        )?,
+    let caption = format!(
+        "The longest of an instruction's samples over its shortest. {} of the {} instructions have a sample at least \
+         twice as long as another: that much of the length is chance, which no predictor can know.",
+        percent(twice),
+        grouped(ratios.len() as u64)
+    );
+    let title = "Spread of the lengths over an instruction's samples";
+    source.figure("length-spread", title, caption, |title| {
+        draw(title, "instructions", x, "instructions per bar", &columns, &[mark])
     })
 }
 
@@ -103,7 +93,7 @@ fn ratio(samples: &[u32]) -> Option<f64> {
 }
 
 /// Left edge, right edge and count of every bar; what lies beyond the last counts in it.
-fn counts(values: &[f64], first: f64, step: f64, bars: usize) -> Vec<(f64, f64, f64)> {
+fn counts(values: &[f64], first: f64, step: f64, bars: usize) -> Vec<Column> {
     let edge = |bar: usize| first + bar as f64 * step;
     let mut counts: Vec<_> = (0..bars).map(|bar| (edge(bar), edge(bar + 1), 0.0)).collect();
     for value in values {
@@ -119,114 +109,27 @@ fn quantile(sorted: &[f64], share: f64) -> f64 {
     sorted.get(rank.saturating_sub(1)).copied().unwrap_or(0.0)
 }
 
-fn columns(
-    title: &str,
-    legend: &[(String, RGBColor)],
-    x: Axis,
-    y_label: &str,
-    counts: &[(f64, f64, f64)],
-    marks: &[(f64, RGBColor)],
-) -> Result<String> {
-    let most = counts.iter().map(|bar| bar.2).fold(0.0, f64::max);
+fn draw(title: &str, what: &str, x: Axis, y_label: &str, columns: &[Column], marks: &[Mark]) -> String {
+    let mut legend = vec![Key::new(what, BLUE, Sign::Area)];
+    legend.extend((marks.iter()).map(|(_, color, stroke, name)| Key::new(name, *color, Sign::Line(*stroke))));
+    let most = columns.iter().map(|bar| bar.2).fold(0.0, f64::max);
     let y = Axis::from_zero(y_label, most);
-    let top = y.range.end;
-    chart(
-        &Frame {
-            title,
-            height: HEIGHT,
-            legend,
-            x,
-            y,
-        },
-        |plot: &mut Plot| {
-            let bar = |&(left, right, count): &(f64, f64, f64)| {
-                let gap = 0.06 * (right - left);
-                Rectangle::new([(left + gap, 0.0), (right - gap, count)], BLUE.filled())
-            };
-            plot.draw_series(counts.iter().filter(|bar| bar.2 > 0.0).map(bar))
-                .map_err(failed)?;
-            for &(at, color) in marks {
-                plot.draw_series(LineSeries::new([(at, 0.0), (at, top)], color.stroke_width(2)))
-                    .map_err(failed)?;
-            }
-            Ok(())
-        },
-    )
-}
-
-/// Predicted against true lengths, with the diagonal and the band of Acc-50.
-///
-/// # Errors
-/// The drawing library failed.
-pub fn predictions(series: &[PredictionSeries]) -> Result<Figure> {
-    let values = series
-        .iter()
-        .flat_map(|s| &s.points)
-        .flat_map(|&(predicted, actual)| [predicted, actual]);
-    let most = axis_end(f64::from(values.max().unwrap_or(1)));
-    let mut legend: Vec<_> = series
-        .iter()
-        .enumerate()
-        .map(|(i, s)| (s.predictor.clone(), series_color(i)))
-        .collect();
-    legend.push(("within 50 tokens".to_owned(), GREEN));
-    let axis = |label| Axis {
-        label,
-        range: 0.0..most,
-        ticks: 7,
-        format: &number,
-    };
-    let (x, y) = (axis("true length, in tokens"), axis("predicted length, in tokens"));
-    let title = "Predicted and true lengths";
-    let svg = chart(
-        &Frame {
-            title,
-            height: 520,
-            legend: &legend,
-            x,
-            y,
-        },
-        |plot: &mut Plot| {
-            plot.draw_series([Polygon::new(band(most), GREEN.mix(0.16).filled())])
-                .map_err(failed)?;
-            plot.draw_series(LineSeries::new([(0.0, 0.0), (most, most)], QUIET.stroke_width(1)))
-                .map_err(failed)?;
-            for (i, series) in series.iter().enumerate() {
-                let dot = |&(predicted, actual): &(u32, u32)| {
-                    Circle::new(
-                        (f64::from(actual), f64::from(predicted)),
-                        3,
-                        series_color(i).mix(0.6).filled(),
-                    )
-                };
-                plot.draw_series(series.points.iter().map(dot)).map_err(failed)?;
-            }
-            Ok(())
-        },
-    )?;
-    let caption =
-        "Each dot is an instruction; on the diagonal a prediction is exact, below it too low, so that a batch \
-                   stopped there would cut the answer."
-            .to_owned();
-    Ok(Figure {
-        name: "predictions",
+    let top = y.range[1];
+    let mut chart = Chart::new(Frame {
         title,
-        caption,
-        svg,
-    })
-}
-
-/// The corners of the band around the diagonal, cut at the axes.
-fn band(most: f64) -> Vec<(f64, f64)> {
-    let width = BAND.min(most);
-    vec![
-        (0.0, 0.0),
-        (0.0, width),
-        (most - width, most),
-        (most, most),
-        (most, most - width),
-        (width, 0.0),
-    ]
+        height: HEIGHT,
+        legend: &legend,
+        x,
+        y,
+    });
+    for &(left, right, count) in columns.iter().filter(|bar| bar.2 > 0.0) {
+        let gap = 0.06 * (right - left);
+        chart.bar(left + gap, right - gap, count, BLUE);
+    }
+    for (at, color, stroke, _) in marks {
+        chart.line(&[(*at, 0.0), (*at, top)], *color, *stroke, None);
+    }
+    chart.finish()
 }
 
 #[cfg(test)]
@@ -251,5 +154,19 @@ mod tests {
     #[test]
     fn one_sample_has_no_spread() {
         assert_eq!((ratio(&[7]), ratio(&[]), ratio(&[10, 25, 20])), (None, None, Some(2.5)));
+    }
+
+    #[test]
+    fn captions_count_what_was_drawn() {
+        let source = Source::alone(crate::report::ReportData {
+            length_samples: vec![vec![10, 20], vec![30, 31], vec![5]],
+            ..Default::default()
+        });
+        let caption = histogram(&source).caption;
+        assert!(
+            caption.starts_with("5 sampled answers to 3 instructions; width of a bar in tokens: 1."),
+            "{caption}"
+        );
+        assert!(spread(&source).caption.contains("50.0 % of the 2 instructions"));
     }
 }

@@ -1,18 +1,21 @@
-//! The page: one HTML file that needs no other, readable in light and dark.
+//! The page: one HTML file that needs no other.
 
 use std::fmt::Write;
 
-use super::{Figure, ReportData};
+use super::svg::escape;
+use super::{Figure, ReportData, Source};
 use crate::table::Table;
 
-/// The page of a result and its figures.
-pub fn page(data: &ReportData, figures: &[Figure]) -> String {
-    let mut body = header(data);
-    if !data.strategies.is_empty() {
-        body += &section("Strategies", &table(&Table::strategies(&data.strategies)));
+/// The page of all sources and their figures.
+pub fn page(sources: &[Source], figures: &[Figure]) -> String {
+    let mut body = "<h1>Lengthwise report</h1>\n<p class=\"lead\">Response lengths, their prediction, and what \
+                    scheduling by it saves.</p>\n"
+        .to_owned();
+    for source in sources {
+        body += &setup(source);
     }
-    if !data.predictors.is_empty() {
-        body += &section("Predictors", &table(&Table::predictors(&data.predictors)));
+    for source in sources {
+        body += &tables(source);
     }
     if !figures.is_empty() {
         let figures: String = figures.iter().map(figure).collect();
@@ -26,20 +29,65 @@ pub fn page(data: &ReportData, figures: &[Figure]) -> String {
     )
 }
 
-fn header(data: &ReportData) -> String {
-    let mut html = "<h1>Lengthwise report</h1>\n<p class=\"lead\">Response lengths, their prediction, and what \
-                    scheduling by it saves.</p>\n"
-        .to_owned();
-    if data.setup.is_empty() {
-        return html;
+fn setup(source: &Source) -> String {
+    let setup = &source.data.setup;
+    if setup.is_empty() {
+        return String::new();
     }
-    html += "<dl>";
-    for (name, value) in &data.setup {
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-        write!(html, "<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(&value))
+    let mut html = "<dl>".to_owned();
+    let mut put = |name: &str, value: &str| {
+        write!(html, "<div><dt>{}</dt><dd>{}</dd></div>", escape(name), escape(value))
             .expect("a string takes everything");
+    };
+    if !source.name.is_empty() {
+        put("input", &source.name);
+    }
+    for (name, value) in setup {
+        match value.as_str() {
+            Some(text) => put(name, text),
+            None => put(name, &value.to_string()),
+        }
     }
     html + "</dl>\n"
+}
+
+fn tables(source: &Source) -> String {
+    let data = &source.data;
+    let mut html = String::new();
+    if !data.strategies.is_empty() {
+        html += &section(
+            &source.title("Strategies"),
+            &table(&Table::strategies(&data.strategies)),
+        );
+    }
+    if !data.predictors.is_empty() {
+        html += &section(
+            &source.title("Predictors"),
+            &table(&Table::predictors(&data.predictors)),
+        );
+    }
+    if !data.bars.is_empty() {
+        html += &section(
+            &source.title("What was asked and what was reached"),
+            &table(&bars(data)),
+        );
+    }
+    html
+}
+
+fn bars(data: &ReportData) -> Table {
+    let row = |bar: &super::data::Bar| {
+        let missed = if bar.reached < bar.asked { " (missed)" } else { "" };
+        vec![
+            bar.bar.clone(),
+            format!("{:.2}", bar.asked),
+            format!("{:.2}{missed}", bar.reached),
+        ]
+    };
+    Table {
+        header: vec!["ratio", "asked", "reached"],
+        rows: data.bars.iter().map(row).collect(),
+    }
 }
 
 fn section(title: &str, content: &str) -> String {
@@ -60,16 +108,13 @@ fn table(table: &Table) -> String {
     format!("<div class=\"table\"><table>\n<thead>{head}</thead>\n<tbody>\n{rows}</tbody>\n</table></div>")
 }
 
+/// A figure with its caption, and links to its files, which the page itself does not need.
 fn figure(figure: &Figure) -> String {
-    let label = format!("<svg role=\"img\" aria-label=\"{}\" ", escape(figure.title));
+    let label = format!("<svg role=\"img\" aria-label=\"{}\" ", escape(&figure.title));
     let svg = figure.svg.replacen("<svg ", &label, 1);
+    let (name, caption) = (escape(&figure.name), escape(&figure.caption));
     format!(
-        "<figure>\n{svg}<figcaption>{}</figcaption>\n</figure>\n",
-        escape(&figure.caption)
+        "<figure id=\"{name}\">\n{svg}<figcaption>{caption} <span class=\"files\"><a href=\"{name}.svg\">SVG</a> \
+         <a href=\"{name}.png\">PNG</a></span></figcaption>\n</figure>\n"
     )
-}
-
-fn escape(text: &str) -> String {
-    let plain = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
-    plain.replace('"', "&quot;")
 }

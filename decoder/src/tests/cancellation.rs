@@ -1,7 +1,7 @@
 //! A request that is taken back: while it waits, while it runs, after it was preempted.
 
 use super::*;
-use crate::{Cancellation, run_continuous};
+use crate::{Cancellation, run_controlled};
 
 /// Answers, those that were cancelled among them, and what the run counted.
 struct Ran {
@@ -44,7 +44,7 @@ fn run_and_cancel(
         assert!(answers.insert(id, (tokens, finish)).is_none(), "answered twice");
         Ok(())
     };
-    let stats = run_continuous(engine, predicted, &config, &cancellation, &mut sink)?;
+    let stats = run_controlled(engine, predicted, &config, &cancellation, &mut sink)?;
     assert_eq!(engine.cache.free_tokens(), engine.cache_tokens(), "blocks were lost");
     Ok(Ran { answers, stats })
 }
@@ -127,6 +127,159 @@ fn whoever_is_cancelled_the_others_answers_are_what_they_get_alone() -> anyhow::
             }
             assert!(answers.values().any(|(_, finish)| *finish == FinishReason::Cancelled));
         }
+    }
+    Ok(())
+}
+
+/// Runs all requests, predicted to be `predicted` tokens long, with those of `script` cancelled before the given steps.
+fn run_script(
+    engine: &mut Engine,
+    requests: &[SequenceRequest],
+    predicted: &[u32],
+    config: &ScheduleConfig,
+    script: &[(u64, &str)],
+) -> anyhow::Result<Ran> {
+    let cancellation = Cancellation::new();
+    script
+        .iter()
+        .for_each(|&(step, id)| cancellation.cancel_before(step, id));
+    let with = |(request, &predicted): (&SequenceRequest, &u32)| PredictedRequest {
+        request: request.clone(),
+        predicted,
+    };
+    let mut answers = Answers::new();
+    let mut sink = |SequenceOutput { id, tokens, finish }| {
+        assert!(answers.insert(id, (tokens, finish)).is_none(), "answered twice");
+        Ok(())
+    };
+    let requests = requests.iter().zip(predicted).map(with).collect();
+    let stats = run_controlled(engine, requests, config, &cancellation, &mut sink)?;
+    assert_eq!(engine.cache.free_tokens(), engine.cache_tokens(), "blocks were lost");
+    Ok(Ran { answers, stats })
+}
+
+fn batches_of_two(strategy: Strategy, fcr: bool) -> ScheduleConfig {
+    ScheduleConfig {
+        batch_size: NonZeroUsize::new(2).expect("not 0"),
+        ..config(strategy).with(false, fcr)
+    }
+}
+
+#[test]
+fn a_static_batch_goes_on_without_a_cancelled_row() -> anyhow::Result<()> {
+    // r0 | r1 run until r1 is cancelled with 12 tokens: 2 × 12. r2 | r3: 2 × 10.
+    let requests = replayed(&[5, 40, 10, 10]);
+    let mut engine = engine(&model()?, 4096)?;
+    let alone = alone(&mut engine, &requests)?;
+    let config = batches_of_two(Strategy::Vanilla, false);
+    let ran = run_script(&mut engine, &requests, &[60; 4], &config, &[(13, "r1")])?;
+    let (tokens, finish) = &ran.answers[&"r1".into()];
+    assert_eq!((tokens.len(), *finish), (12, FinishReason::Cancelled));
+    assert_eq!(*tokens, alone[&"r1".into()].0[..12]);
+    let stats = ran.stats;
+    assert_eq!((stats.requests, stats.steps, stats.slot_steps), (3, 22, 44));
+    assert_eq!((stats.useful_tokens, stats.wasted_tokens()), (25, 19));
+    // The row that goes on is no longer padded for: r0 is cancelled with 3 tokens, then r1 has 37 steps alone.
+    let ran = run_script(&mut engine, &requests, &[60; 4], &config, &[(4, "r0")])?;
+    assert_eq!(ran.answers[&"r1".into()], alone[&"r1".into()]);
+    assert_eq!((ran.stats.steps, ran.stats.slot_steps), (50, 3 + 40 + 20));
+    Ok(())
+}
+
+#[test]
+fn what_waits_for_its_batch_or_has_been_stopped_is_cancelled_too() -> anyhow::Result<()> {
+    // Sorted and stopped at the predictions: r2 | r3 for 2 steps, r0 | r1 for 4; r0 and r3 fail and run to their ends.
+    let requests = replayed(&[10, 3, 2, 9]);
+    let mut engine = engine(&model()?, 4096)?;
+    let alone = alone(&mut engine, &requests)?;
+    let config = batches_of_two(Strategy::SeqSch, true);
+    let whole = run_script(&mut engine, &requests, &[4, 4, 2, 2], &config, &[])?;
+    assert_eq!(whole.answers, alone);
+    assert_eq!(
+        (whole.stats.failures, whole.stats.steps, whole.stats.slot_steps),
+        (2, 13, 26)
+    );
+    // Each batch takes note before each step, and once more when there is none left: r3 is stopped before the 4th time.
+    let ran = run_script(&mut engine, &requests, &[4, 4, 2, 2], &config, &[(1, "r1"), (4, "r3")])?;
+    assert_eq!(ran.answers[&"r1".into()], (Vec::new(), FinishReason::Cancelled));
+    let (tokens, finish) = &ran.answers[&"r3".into()];
+    assert_eq!(*finish, FinishReason::Cancelled);
+    assert_eq!(*tokens, alone[&"r3".into()].0[..2]);
+    // 2 × 2, then r0 alone: 4 and 6.
+    assert_eq!((ran.stats.requests, ran.stats.steps, ran.stats.slot_steps), (2, 12, 14));
+    assert_eq!((ran.stats.useful_tokens, ran.stats.wasted_tokens()), (12, 2));
+    Ok(())
+}
+
+#[test]
+fn whoever_is_cancelled_under_whatever_strategy_the_others_answers_are_what_they_get_alone() -> anyhow::Result<()> {
+    let model = model()?;
+    let requests = requests(24, 1.2);
+    let want = alone(&mut engine(&model, 4096)?, &requests)?;
+    let predicted: Vec<u32> = (0..24).map(|i| i * 7 % 50).collect();
+    let mut rng = ChaCha8Rng::seed_from_u64(5);
+    for strategy in Strategy::ALL {
+        for (fcr, cache) in [(false, 4096), (true, 4096), (true, 96)] {
+            let names: Vec<String> = (0..8).map(|_| format!("r{}", rng.random_range(0..24))).collect();
+            let script: Vec<_> = names
+                .iter()
+                .map(|name| (rng.random_range(1..60), name.as_str()))
+                .collect();
+            let config = config(strategy).with(fcr, fcr);
+            let Ran { answers, stats } =
+                run_script(&mut engine(&model, cache)?, &requests, &predicted, &config, &script)?;
+            assert_eq!(answers.len(), 24, "every request is handed back");
+            let mut ended = 0;
+            for (id, (tokens, finish)) in &answers {
+                match finish {
+                    FinishReason::Cancelled => {
+                        assert!(names.iter().any(|name| name == id.as_str()) && want[id].0.starts_with(tokens));
+                    }
+                    _ => {
+                        ended += tokens.len() as u64;
+                        assert_eq!((tokens, finish), (&want[id].0, &want[id].1), "{strategy}: {id}");
+                    }
+                }
+            }
+            assert!(answers.values().any(|(_, finish)| *finish == FinishReason::Cancelled));
+            assert_eq!(stats.useful_tokens, ended, "{strategy}");
+            let computed: u64 = answers.values().map(|(tokens, _)| tokens.len() as u64).sum();
+            assert!(stats.slot_steps >= computed, "{strategy}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn all_can_be_cancelled_at_once() -> anyhow::Result<()> {
+    let model = model()?;
+    for strategy in Strategy::ALL {
+        let requests = replayed(&[5, 40, 10, 10, 20, 30]);
+        let cancellation = Cancellation::new();
+        let mut answers = Answers::new();
+        let mut sink = |SequenceOutput { id, tokens, finish }| {
+            // Asked for twice by then, which makes no difference.
+            cancellation.cancel_all();
+            assert!(answers.insert(id, (tokens, finish)).is_none(), "answered twice");
+            Ok(())
+        };
+        let predicted = requests.iter().map(|request| PredictedRequest {
+            request: request.clone(),
+            predicted: 60,
+        });
+        let mut engine = engine(&model, 4096)?;
+        let config = batches_of_two(strategy, true);
+        let stats = run_controlled(&mut engine, predicted.collect(), &config, &cancellation, &mut sink)?;
+        assert_eq!(engine.cache.free_tokens(), engine.cache_tokens(), "blocks were lost");
+        let ended = answers
+            .values()
+            .filter(|(_, finish)| *finish != FinishReason::Cancelled);
+        // The first slot to end, or the first batch.
+        assert_eq!(ended.count() as u64, stats.requests, "{strategy}");
+        assert!(
+            (1..=2).contains(&stats.requests) && answers.len() == 6,
+            "{strategy}: {stats:?}"
+        );
     }
     Ok(())
 }

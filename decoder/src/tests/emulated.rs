@@ -1,11 +1,11 @@
 //! The GPU path's passes, launched ahead of their tokens, on the emulator of its kernels.
 
 use super::*;
-use crate::{Cancellation, run_continuous};
+use crate::{Cancellation, run_controlled};
 
 fn emulated(model: &Arc<Llama>, cache_tokens: usize) -> anyhow::Result<Engine> {
     let config = EngineConfig {
-        kv_cache_tokens: Some(cache_tokens),
+        kv_budget: KvBudget::Tokens(cache_tokens),
         max_prefill_tokens: 32,
     };
     let cache = lengthwise_model::KvCache::emulated(model, cache_tokens)?;
@@ -83,7 +83,7 @@ fn a_cancelled_one_leaves_the_others_what_they_get_alone() -> anyhow::Result<()>
         Ok(())
     };
     let predicted = requests.iter().map(predicted).collect();
-    run_continuous(
+    run_controlled(
         &mut engine,
         predicted,
         &config(Strategy::Continuous),

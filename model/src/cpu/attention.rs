@@ -1,10 +1,23 @@
 //! Attention of new tokens to their own sequence's cache, each at its own length.
+//!
+//! A job takes queries and keys as their linear layers gave them: it norms and turns them, puts its own heads' keys and
+//! values into the cache, and attends. So nothing is done by one thread alone between the products and attention.
 
-use rayon::prelude::*;
+mod one;
+#[cfg(test)]
+mod tests;
+mod tiles;
 
-use super::cache::LayerCache;
-use super::panel::{LANES, Output, Rows, TILE_ROWS, prefetch, tile};
-use crate::ops::{AttentionShape, vector};
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::cache::{LayerCache, SharedLayer};
+use super::instructions::Instructions;
+use super::panel::{LANES, Output};
+use super::share::each;
+use crate::ops::{AttentionShape, RopeTable, rms_norm_in_place, vector};
+use one::One;
+use tiles::Strip;
 
 /// The new tokens of one sequence among the packed rows of a pass.
 #[derive(Debug, Clone, Copy)]
@@ -15,263 +28,180 @@ pub(crate) struct Span<'a> {
     pub rows: usize,
     /// Position of the first in the sequence.
     pub start: usize,
-    /// The sequence's blocks.
+    /// The sequence's blocks, which no other span has.
     pub blocks: &'a [u32],
 }
 
-/// Every query against the cached keys up to its own position, written before.
+/// What attention is of.
+#[derive(Clone, Copy)]
+pub(crate) struct Attention<'a> {
+    /// `[t, heads * head_dim]`, as the linear layer gave them.
+    pub q: &'a [f32],
+    /// `[t, kv_heads * head_dim]`, likewise.
+    pub k: &'a [f32],
+    /// As the keys.
+    pub v: &'a [f32],
+    /// The norms of each head of queries and keys, `[head_dim]`, where the model has them.
+    pub norms: Option<(&'a [f32], &'a [f32])>,
+    pub eps: f32,
+    pub rope: &'a RopeTable,
+    pub shape: AttentionShape,
+}
+
+/// Puts the new tokens' keys and values into the cache, and attends with each query to all up to its own position.
 ///
-/// - `q`: `[t, heads * head_dim]`
-/// - `out`: the same shape
-pub(crate) fn attend(q: &[f32], cache: &LayerCache, spans: &[Span], shape: AttentionShape, out: &mut [f32]) {
-    let width = shape.q_width();
+/// - `out`: `[t, heads * head_dim]`
+pub(crate) fn attend(attention: &Attention, cache: &mut LayerCache, spans: &[Span], out: &mut [f32]) {
+    let shape = attention.shape;
+    // SAFETY: each job has heads of a span of its own, whose blocks are that span's alone, and those that attend to what
+    // others have written begin when these are done.
+    let cache = unsafe { cache.shared() };
     // SAFETY: each job has rows and heads of its own, and `out` is touched again only when all are done.
-    let out = unsafe { Output::shared(out, width) };
-    let jobs = spans
-        .iter()
-        .flat_map(|span| (0..shape.kv_heads).map(move |head| (span, head)));
-    let jobs: Vec<(&Span, usize)> = jobs.collect();
-    let read: usize = spans
-        .iter()
-        .map(|s| (s.start + s.rows) * s.rows.div_ceil(TILE_ROWS))
-        .sum();
-    let run = |(span, head): &(&Span, usize)| {
-        let head = Head {
-            q: Rows { data: q, stride: width },
-            cache,
-            shape,
-            head: *head,
-        };
-        head.run(span, &out);
-    };
-    // Each cached token costs about two multiplications per element of its keys and values.
-    if read * shape.kv_width() < SERIAL_BELOW || jobs.len() == 1 {
-        return jobs.iter().for_each(run);
-    }
-    let parts = 8 * rayon::current_num_threads();
-    jobs.par_chunks(jobs.len().div_ceil(parts))
-        .for_each(|jobs| jobs.iter().for_each(run));
-}
+    let out = unsafe { Output::shared(out, shape.q_width()) };
+    let (step, best) = (Step { attention, cache, out }, Instructions::best());
+    let threads = threads_for(spans, shape);
 
-/// Elements of keys below which the work is not shared out.
-const SERIAL_BELOW: usize = 1 << 16;
-
-/// Blocks that are asked for before they are needed: the blocks of a sequence lie scattered, so that the processor does
-/// not guess the next.
-const AHEAD: usize = 2;
-
-/// One key and value head, and the query heads that it serves.
-struct Head<'a> {
-    q: Rows<'a>,
-    cache: &'a LayerCache,
-    shape: AttentionShape,
-    head: usize,
-}
-
-impl Head<'_> {
-    fn run(&self, span: &Span, out: &Output) {
-        let group = self.shape.heads / self.shape.kv_heads;
-        let first_head = self.head * group;
-        let mut scores = Vec::new();
-        for i in 0..span.rows {
-            if span.rows > 1 && i % TILE_ROWS > 0 {
-                continue;
-            }
-            // Several tokens: a tile of them for one query head after the other. One token: its query heads are the tile.
-            let tokens = (span.rows - i).min(TILE_ROWS);
-            let tiles: Vec<Tile> = match span.rows {
-                1 => (0..group)
-                    .step_by(TILE_ROWS)
-                    .map(|h| Tile::heads(span, first_head + h, (group - h).min(TILE_ROWS)))
-                    .collect(),
-                _ => (0..group)
-                    .map(|h| Tile::tokens(span, i, tokens, first_head + h))
-                    .collect(),
-            };
-            for tile in tiles {
-                self.tile(span, &tile, &mut scores, out);
-            }
-        }
-    }
-
-    fn tile(&self, span: &Span, rows: &Tile, scores: &mut Vec<f32>, out: &Output) {
-        let d = self.shape.head_dim;
-        let end = rows.position + rows.tokens; // one past the last visible position
-        let begin = self.shape.first_visible(rows.position) / LANES * LANES;
-        let width = (end - begin).div_ceil(LANES) * LANES;
-        scores.clear();
-        scores.resize(rows.count() * width, 0.0);
-        let blocks = &span.blocks[begin / LANES..end.div_ceil(LANES)];
-        let (stride, q) = match rows.tokens {
-            1 => (d, self.q.from(rows.row).columns_from(rows.head * d)),
-            _ => (self.q.stride, self.q.from(rows.row).columns_from(rows.head * d)),
-        };
-        let q = Rows { data: q.data, stride };
-        // SAFETY: this thread's own, and read only between the products.
-        let to = unsafe { Output::shared(scores, width) };
-        for (b, &block) in blocks.iter().enumerate() {
-            tile(
-                q,
-                rows.count(),
-                self.cache.keys(block, self.head),
-                &to,
-                (0, b * LANES),
-                false,
-            );
-        }
-        for (r, scores) in scores.chunks_exact_mut(width).enumerate() {
-            let position = rows.position + if rows.tokens == 1 { 0 } else { r };
-            let (first, last) = (self.shape.first_visible(position) - begin, position - begin);
-            scores[..first].fill(0.0);
-            scores[last + 1..].fill(0.0);
-            let visible = &mut scores[first..=last];
-            visible.iter_mut().for_each(|s| *s *= self.shape.scale());
-            vector::softmax(visible);
-        }
-        self.mix(
-            rows,
-            blocks,
-            end - begin,
-            Rows {
-                data: scores,
-                stride: width,
-            },
-            out,
-        );
-    }
-
-    /// The values weighted by the scores.
-    fn mix(&self, rows: &Tile, blocks: &[u32], tokens: usize, weights: Rows, out: &Output) {
-        let d = self.shape.head_dim;
-        let mut sums = [0f32; TILE_ROWS * LANES];
-        for p in 0..d.div_ceil(LANES) {
-            // SAFETY: this thread's own, and read only when all is added up.
-            let to = unsafe { Output::shared(&mut sums, LANES) };
-            for (b, &block) in blocks.iter().enumerate() {
-                // No further than the last token: what lies behind it belongs to nobody.
-                let count = (tokens - b * LANES).min(LANES);
-                if let Some(&next) = blocks.get(b + AHEAD) {
-                    prefetch(self.cache.values(next, self.head, p));
-                }
-                let values = &self.cache.values(block, self.head, p)[..count];
-                tile(
-                    weights.columns_from(b * LANES),
-                    rows.count(),
-                    values,
-                    &to,
-                    (0, 0),
-                    b > 0,
-                );
-            }
-            let columns = (d - p * LANES).min(LANES);
-            for (r, sums) in sums.chunks_exact(LANES).take(rows.count()).enumerate() {
-                let (row, head) = rows.place(r);
-                out.part(row, head * d + p * LANES, columns)
-                    .copy_from_slice(&sums[..columns]);
-            }
-        }
-    }
-}
-
-/// Rows that are multiplied together: several tokens of one query head, or several query heads of one token.
-struct Tile {
-    row: usize,
-    position: usize,
-    tokens: usize,
-    head: usize,
-    heads: usize,
-}
-
-impl Tile {
-    fn tokens(span: &Span, first: usize, tokens: usize, head: usize) -> Self {
-        Self {
-            row: span.row + first,
-            position: span.start + first,
-            tokens,
-            head,
-            heads: 1,
-        }
-    }
-
-    fn heads(span: &Span, head: usize, heads: usize) -> Self {
-        Self {
-            row: span.row,
-            position: span.start,
-            tokens: 1,
-            head,
-            heads,
-        }
-    }
-
-    fn count(&self) -> usize {
-        self.tokens * self.heads
-    }
-
-    /// Packed row and query head of the tile's r-th row.
-    fn place(&self, r: usize) -> (usize, usize) {
-        match self.tokens {
-            1 => (self.row, self.head + r),
-            _ => (self.row + r, self.head),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{Device, Result, Tensor};
-
-    use super::*;
-    use crate::ModelConfig;
-    use crate::cpu::HostCache;
-    use crate::ops::attend_stock;
-    use crate::ops::testing::{assert_close, random};
-
-    /// A prefill of nine tokens behind two, and a decode step behind 35, in blocks that lie scattered.
-    fn check(shape: AttentionShape) -> Result<()> {
-        let config = ModelConfig {
-            num_key_value_heads: shape.kv_heads,
-            head_dim: shape.head_dim,
-            ..crate::testing::config()
-        };
-        let mut cache = HostCache::new(&config, 8);
-        let cache = &mut cache.layers[0];
-        let sequences = [(9, 2, vec![5]), (1, 35, vec![7, 0, 3])];
-        let q = random(&[10, shape.q_width()], 3)?;
-        let (mut spans, mut wants, mut row) = (Vec::new(), Vec::new(), 0);
-        for (i, (rows, start, blocks)) in sequences.iter().enumerate() {
-            let tokens = start + rows;
-            let k = random(&[tokens, shape.kv_width()], 10 + i as u64)?;
-            let v = random(&[tokens, shape.kv_width()], 20 + i as u64)?;
-            for (position, (k, v)) in k.to_vec2()?.iter().zip(v.to_vec2()?).enumerate() {
-                cache.write(blocks, position, k, &v);
-            }
-            wants.push(attend_stock(&q.narrow(0, row, *rows)?, &k, &v, *start, shape)?);
-            spans.push(Span {
-                row,
-                rows: *rows,
-                start: *start,
-                blocks,
-            });
-            row += rows;
-        }
-        let mut got = vec![0f32; 10 * shape.q_width()];
-        attend(&q.flatten_all()?.to_vec1::<f32>()?, cache, &spans, shape, &mut got);
-        let got = Tensor::from_vec(got, (10, shape.q_width()), &Device::Cpu)?;
-        assert_close(&got, &Tensor::cat(&wants, 0)?, 1e-5)
-    }
-
-    #[test]
-    fn scattered_blocks_attend_as_whole_sequences() -> Result<()> {
-        for (heads, kv_heads, head_dim) in [(4, 2, 8), (3, 3, 20), (8, 1, 16)] {
-            for window in [None, Some(3), Some(20)] {
-                check(AttentionShape {
+    let first = heads_of(spans, shape, threads);
+    each(first.len(), threads, |i| {
+        let (span, ref heads) = first[i];
+        heads.clone().for_each(|head| step.write(span, head));
+        if span.rows == 1 {
+            let (step, heads) = (&step, heads.clone());
+            with_scratch(|scratch| {
+                best.run(One {
+                    step,
+                    span,
                     heads,
-                    kv_heads,
-                    head_dim,
-                    window,
-                })?;
-            }
+                    scratch,
+                })
+            });
         }
-        Ok(())
+    });
+    let second = strips_of(spans, shape);
+    each(second.len(), threads, |i| {
+        let (span, kv_head, ref rows) = second[i];
+        let (step, rows) = (&step, rows.clone());
+        with_scratch(|scratch| {
+            best.run(Strip {
+                step,
+                span,
+                kv_head,
+                rows,
+                scratch,
+            });
+        });
+    });
+}
+
+/// Each cached token costs about two multiplications per element of its keys and values.
+fn threads_for(spans: &[Span], shape: AttentionShape) -> usize {
+    let costs = spans.iter().map(|s| s.rows * (s.start + s.rows) * shape.q_width());
+    (costs.sum::<usize>() / COST_PER_THREAD).clamp(1, rayon::current_num_threads())
+}
+
+/// What is put into the cache together, and attended to at once where it is a decode step: key and value heads of a span.
+fn heads_of<'a>(spans: &'a [Span<'a>], shape: AttentionShape, threads: usize) -> Vec<(&'a Span<'a>, Range<usize>)> {
+    let steps = spans.iter().filter(|s| s.rows == 1).count();
+    let together = (steps * shape.kv_heads / (8 * threads)).clamp(1, HEADS);
+    let of = |span: &'a Span<'a>| {
+        let size = if span.rows == 1 { together } else { 1 };
+        let firsts = (0..shape.kv_heads).step_by(size);
+        firsts.map(move |head| (span, head..(head + size).min(shape.kv_heads)))
+    };
+    spans.iter().flat_map(of).collect()
+}
+
+/// What attends when all of a prompt is in the cache: its rows, some at a time, for each key and value head.
+fn strips_of<'a>(spans: &'a [Span<'a>], shape: AttentionShape) -> Vec<(&'a Span<'a>, usize, Range<usize>)> {
+    let of = |span: &'a Span<'a>| {
+        let strip = |row: usize| row..(row + STRIP).min(span.rows);
+        let strips = move |head| (0..span.rows).step_by(STRIP).map(move |row| (span, head, strip(row)));
+        (0..shape.kv_heads).flat_map(strips)
+    };
+    spans.iter().filter(|s| s.rows > 1).flat_map(of).collect()
+}
+
+/// Multiplications that are worth a thread.
+const COST_PER_THREAD: usize = 1 << 14;
+/// Key and value heads that a decode step reads together: they lie side by side, and one head's sums would wait for
+/// themselves.
+const HEADS: usize = 4;
+/// New tokens of a prompt that a job attends with: several tiles.
+const STRIP: usize = 48;
+
+/// One layer's attention under way.
+struct Step<'a> {
+    attention: &'a Attention<'a>,
+    cache: SharedLayer<'a>,
+    out: Output,
+}
+
+/// What a job needs room for.
+#[derive(Default)]
+struct Scratch {
+    /// Queries, `[rows, head_dim]`.
+    q: Vec<f32>,
+    /// Scores and then weights, `[rows, tokens]`.
+    scores: Vec<f32>,
+    /// What the weights have to be multiplied by to add up to 1, `[rows]`.
+    inverses: Vec<f32>,
+    /// Weighted sums of the values, `[rows, head_dim / 16, 16]`.
+    sums: Vec<f32>,
+}
+
+/// A thread's own, kept from job to job.
+fn with_scratch(f: impl FnOnce(&mut Scratch)) {
+    thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+    SCRATCH.with_borrow_mut(f);
+}
+
+impl Step<'_> {
+    /// Puts one head of all new tokens of a span into the cache.
+    fn write(&self, span: &Span, head: usize) {
+        let Attention { k, v, norms, eps, .. } = *self.attention;
+        let shape = self.attention.shape;
+        let d = shape.head_dim;
+        let mut local = [0f32; 256];
+        let mut large = Vec::new();
+        let key = match local.get_mut(..d) {
+            Some(key) => key,
+            None => {
+                large.resize(d, 0.0);
+                &mut large[..]
+            }
+        };
+        for i in 0..span.rows {
+            let at = (span.row + i) * shape.kv_width() + head * d;
+            key.copy_from_slice(&k[at..at + d]);
+            if let Some((_, norm)) = norms {
+                rms_norm_in_place(key, norm, eps);
+            }
+            let position = span.start + i;
+            self.attention.rope.turn(key, position as u32, 1.0);
+            let place = (span.blocks[position / LANES], position % LANES);
+            self.cache.write(place, head, key, &v[at..at + d]);
+        }
     }
+
+    /// A head's query as the scores take it: normed, turned and scaled.
+    fn query(&self, row: usize, position: usize, head: usize, to: &mut [f32]) {
+        let Attention { q, norms, eps, .. } = *self.attention;
+        let shape = self.attention.shape;
+        let at = row * shape.q_width() + head * shape.head_dim;
+        to.copy_from_slice(&q[at..at + shape.head_dim]);
+        if let Some((norm, _)) = norms {
+            rms_norm_in_place(to, norm, eps);
+        }
+        self.attention.rope.turn(to, position as u32, 1.0);
+        let scale = shape.scale();
+        to.iter_mut().for_each(|x| *x *= scale);
+    }
+}
+
+/// Turns scores into weights that are still to be multiplied by what is returned; those outside of `seen` are 0.
+#[inline(always)]
+fn weigh(scores: &mut [f32], seen: Range<usize>) -> f32 {
+    scores[..seen.start].fill(0.0);
+    scores[seen.end..].fill(0.0);
+    1.0 / vector::exp_all(&mut scores[seen])
 }

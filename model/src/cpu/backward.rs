@@ -1,10 +1,14 @@
 //! The products of a backward pass: gradients with a weight turned, and activations with gradients.
 
+use std::ops::Range;
+
 use super::PackedMatrix;
-use super::columns::{INNER_BLOCK, narrow_tile};
-use super::matrix::{ROW_BLOCK, share};
-use super::panel::{LANES, Lane, Output, Rows, TILE_ROWS, tile};
-use super::turned::tile_turned;
+use super::columns::{INNER_BLOCK, Wide, narrow_tile_of};
+use super::instructions::{Instructions, Kernel};
+use super::matrix::RowBlocks;
+use super::panel::{LANES, Lane, Output, Rows, tile_of, tile_turned_of};
+use super::registers::Vector;
+use super::share::{Cost, share};
 
 /// A gradient `[rows, outputs]` and the weight that it goes back through.
 #[derive(Clone, Copy)]
@@ -30,103 +34,190 @@ pub(crate) fn multiply_turned(products: &[Turned], out: &mut [f32], accumulate: 
             .all(|p| p.matrix.shape().1 == inputs && p.grad.len() == rows * p.matrix.shape().0),
         "gradients of another shape"
     );
-    // SAFETY: each job has rows and columns of its own, and `out` is touched again only when all are done.
-    let out = unsafe { Output::shared(out, inputs) };
-    let work = products.iter().map(|p| p.grad.len() * inputs).sum();
-    let panels = 0..inputs.div_ceil(LANES);
-    let jobs = (0..rows)
-        .step_by(ROW_BLOCK)
-        .flat_map(|first| panels.clone().map(move |p| (first, p)));
-    let jobs: Vec<(usize, usize)> = jobs.collect();
-    let one = |&(first, p): &(usize, usize)| {
-        let mut accumulate = accumulate;
-        for product in products {
-            let height = (rows - first).min(ROW_BLOCK);
-            product.columns((first, height), p, &out, accumulate);
-            accumulate = true;
-        }
-    };
-    share(&jobs, work, |jobs| jobs.iter().for_each(one));
+    multiply_turned_with(Instructions::best(), products, (rows, inputs), out, accumulate);
 }
 
-impl Turned<'_> {
-    /// Sixteen columns of the product for `rows` rows from `first` on.
-    fn columns(&self, (first, rows): (usize, usize), p: usize, out: &Output, accumulate: bool) {
-        let (outputs, inputs) = self.matrix.shape();
-        let (column, columns) = (p * LANES, (inputs - p * LANES).min(LANES));
-        let grad = Rows {
-            data: self.grad,
-            stride: outputs,
-        };
-        let mut panel = vec![Lane::ZERO; outputs.min(INNER_BLOCK)];
-        for start in (0..outputs).step_by(INNER_BLOCK) {
-            let panel = &mut panel[..(outputs - start).min(INNER_BLOCK)];
-            for (i, lanes) in panel.chunks_mut(LANES).enumerate() {
-                self.matrix.with_lanes(start / LANES + i, (column, columns), |weight| {
-                    let weight = Rows {
-                        data: weight.as_floats(),
-                        stride: LANES,
-                    };
-                    turn(weight, columns, lanes);
+/// [`multiply_turned`] with certain instructions, of gradients of the right shape: any give the same bits.
+pub(super) fn multiply_turned_with(
+    instructions: Instructions,
+    products: &[Turned],
+    (rows, inputs): (usize, usize),
+    out: &mut [f32],
+    accumulate: bool,
+) {
+    // SAFETY: each unit has rows and columns of its own, and `out` is touched again only when all are done.
+    let out = unsafe { Output::shared(out, inputs) };
+    let widest = products.iter().map(|p| p.matrix.shape().0).max().unwrap_or(0);
+    let blocks = RowBlocks::new(instructions, rows, widest);
+    let panels = inputs.div_ceil(LANES);
+    let together = instructions.together(blocks.tile).min(2);
+    let per_block = panels.div_ceil(together);
+    let cost = Cost {
+        products: products.iter().map(|p| p.grad.len() * inputs).sum(),
+        bytes: products.iter().map(|p| p.matrix.bytes()).sum::<usize>() * blocks.count(),
+    };
+    share(per_block * blocks.count(), cost, |units: Range<usize>, _| {
+        let mut turned = [[Lane::ZERO; INNER_BLOCK]; 2];
+        for unit in units {
+            let first = unit % per_block * together;
+            let mut accumulate = accumulate;
+            for product in products {
+                instructions.run(TurnedColumns {
+                    product,
+                    rows: blocks.rows(unit / per_block),
+                    tile: blocks.tile,
+                    panels: first..(first + together).min(panels),
+                    out: &out,
+                    accumulate,
+                    turned: &mut turned,
                 });
+                accumulate = true;
             }
-            let accumulate = accumulate || start > 0;
-            for row in (first..first + rows).step_by(TILE_ROWS) {
-                let height = (first + rows - row).min(TILE_ROWS);
+        }
+    });
+}
+
+/// Some columns of a product with a turned weight.
+struct TurnedColumns<'a> {
+    product: &'a Turned<'a>,
+    /// The first row and how many.
+    rows: (usize, usize),
+    /// Rows of a tile.
+    tile: usize,
+    /// Of the columns, one or two.
+    panels: Range<usize>,
+    out: &'a Output,
+    accumulate: bool,
+    /// Where the weight's part is turned.
+    turned: &'a mut Wide,
+}
+
+impl Kernel for TurnedColumns<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let (outputs, inputs) = self.product.matrix.shape();
+        let (column, columns) = (
+            self.panels.start * LANES,
+            inputs.min(self.panels.end * LANES) - self.panels.start * LANES,
+        );
+        for start in (0..outputs).step_by(INNER_BLOCK) {
+            let k = (outputs - start).min(INNER_BLOCK);
+            for (p, to) in self.turned.iter_mut().take(self.panels.len()).enumerate() {
+                let width = (columns - p * LANES).min(LANES);
+                for (i, lanes) in to[..k].chunks_mut(LANES).enumerate() {
+                    let part = (column + p * LANES, width);
+                    self.product.matrix.with_lanes(start / LANES + i, part, |weight| {
+                        let weight = Rows {
+                            data: weight.as_floats(),
+                            stride: LANES,
+                        };
+                        turn(weight, width, lanes);
+                    });
+                }
+            }
+            let accumulate = self.accumulate || start > 0;
+            let grad = Rows {
+                data: self.product.grad,
+                stride: outputs,
+            };
+            let [one, two] = &*self.turned;
+            let (first, rows) = self.rows;
+            for row in (first..first + rows).step_by(self.tile) {
+                let height = (first + rows - row).min(self.tile);
                 let grad = grad.from(row).columns_from(start);
-                match columns {
-                    LANES => tile(grad, height, panel, out, (row, column), accumulate),
-                    _ => narrow_tile(
-                        grad,
-                        height,
-                        (panel, panel.len()),
-                        out,
-                        (row, column, columns),
-                        accumulate,
-                    ),
+                let at = (row, column);
+                if columns == 2 * LANES {
+                    tile_of::<V, _, 2>(grad, height, ([&one[..k], &two[..k]], k), self.out, at, accumulate, &[]);
+                    continue;
+                }
+                for (p, panel) in self.turned.iter().take(self.panels.len()).enumerate() {
+                    let at = (row, column + p * LANES);
+                    match (columns - p * LANES).min(LANES) {
+                        LANES => tile_of::<V, _, 1>(grad, height, ([&panel[..k]], k), self.out, at, accumulate, &[]),
+                        width => {
+                            let at = (at.0, at.1, width);
+                            narrow_tile_of::<V, _>(grad, height, (&panel[..k], k), self.out, at, accumulate);
+                        }
+                    }
                 }
             }
         }
     }
 }
 
-/// Columns of the left side that one job of [`outer`] takes.
-const OUTER_COLUMNS: usize = 8 * TILE_ROWS;
+/// Columns of the left side that one unit of [`outer`] takes: whole tiles of both heights that there are.
+const OUTER_COLUMNS: usize = 42;
 /// Rows that pass before the next columns do: their part of the left side stays near.
 const OUTER_ROWS: usize = 64;
 
 /// `aᵀ b`, the gradient of a factor: `out[c, j] = Σ a[t, c] b[t, j]`.
 ///
 /// - `a`: `[t, columns]`; `b`: `[t, n]`; `put` takes every `(c, j)` and its sum once
-pub(crate) fn outer(a: &[f32], columns: usize, b: &[f32], n: usize, mut put: impl FnMut(usize, usize, f32)) {
+pub(crate) fn outer(a: &[f32], columns: usize, b: &[f32], n: usize, put: impl FnMut(usize, usize, f32)) {
+    outer_with(Instructions::best(), (a, columns), (b, n), put);
+}
+
+/// [`outer`] with certain instructions: any give the same bits.
+fn outer_with(
+    instructions: Instructions,
+    (a, columns): (&[f32], usize),
+    (b, n): (&[f32], usize),
+    mut put: impl FnMut(usize, usize, f32),
+) {
     let rows = a.len() / columns.max(1);
     assert_eq!(b.len(), rows * n, "two sides of different rows");
     let mut sums = vec![0f32; columns * LANES];
+    let mut panel = vec![Lane::ZERO; rows];
     for first in (0..n).step_by(LANES) {
         let width = (n - first).min(LANES);
-        let mut panel = vec![Lane::ZERO; rows];
         for (lane, row) in panel.iter_mut().zip(b.chunks_exact(n)) {
+            *lane = Lane::ZERO;
             lane.0[..width].copy_from_slice(&row[first..first + width]);
         }
-        // SAFETY: each job has columns of its own, and the sums are read only when all are done.
+        // SAFETY: each unit has columns of its own, and the sums are read only when all are done.
         let out = unsafe { Output::shared(&mut sums, LANES) };
-        let jobs: Vec<usize> = (0..columns).step_by(OUTER_COLUMNS).collect();
-        let one = |&start: &usize| {
-            let end = (start + OUTER_COLUMNS).min(columns);
-            for (block, panel) in panel.chunks(OUTER_ROWS).enumerate() {
-                for c in (start..end).step_by(TILE_ROWS) {
-                    let left = Rows {
-                        data: &a[block * OUTER_ROWS * columns + c..],
-                        stride: columns,
-                    };
-                    tile_turned(left, (end - c).min(TILE_ROWS), panel, &out, (c, 0), block > 0);
-                }
-            }
+        let cost = Cost {
+            products: rows * columns * LANES,
+            bytes: size_of_val(a),
         };
-        share(&jobs, rows * columns * LANES, |jobs| jobs.iter().for_each(one));
+        share(columns.div_ceil(OUTER_COLUMNS), cost, |units: Range<usize>, _| {
+            let all = units.start * OUTER_COLUMNS..(units.end * OUTER_COLUMNS).min(columns);
+            instructions.run(OuterColumns {
+                a: Rows {
+                    data: a,
+                    stride: columns,
+                },
+                panel: &panel,
+                columns: all,
+                out: &out,
+            });
+        });
         for (c, sums) in sums.chunks_exact(LANES).enumerate() {
             for (j, sum) in sums[..width].iter().enumerate() {
                 put(c, first + j, *sum);
+            }
+        }
+    }
+}
+
+/// Some rows of an outer product, sixteen columns wide.
+struct OuterColumns<'a> {
+    a: Rows<'a>,
+    panel: &'a [Lane],
+    columns: Range<usize>,
+    out: &'a Output,
+}
+
+impl Kernel for OuterColumns<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        for start in self.columns.clone().step_by(OUTER_COLUMNS) {
+            let end = (start + OUTER_COLUMNS).min(self.columns.end);
+            for (block, panel) in self.panel.chunks(OUTER_ROWS).enumerate() {
+                for c in (start..end).step_by(V::ROWS) {
+                    let left = self.a.from(block * OUTER_ROWS).columns_from(c);
+                    tile_turned_of::<V>(left, (end - c).min(V::ROWS), panel, self.out, (c, 0), block > 0);
+                }
             }
         }
     }
@@ -231,12 +322,14 @@ mod tests {
         let (rows, columns, n) = (150, 50, 18);
         let a: Vec<f32> = (0..rows * columns).map(|i| (i % 7) as f32 - 3.0).collect();
         let b: Vec<f32> = (0..rows * n).map(|i| (i % 5) as f32 - 2.0).collect();
-        let mut seen = 0;
-        outer(&a, columns, &b, n, |c, j, got| {
-            let want: f32 = (0..rows).map(|t| a[t * columns + c] * b[t * n + j]).sum();
-            assert_eq!(got, want, "column {c} with {j}");
-            seen += 1;
-        });
-        assert_eq!(seen, columns * n);
+        for &instructions in Instructions::all() {
+            let mut seen = 0;
+            outer_with(instructions, (&a, columns), (&b, n), |c, j, got| {
+                let want: f32 = (0..rows).map(|t| a[t * columns + c] * b[t * n + j]).sum();
+                assert_eq!(got, want, "column {c} with {j}, {instructions:?}");
+                seen += 1;
+            });
+            assert_eq!(seen, columns * n);
+        }
     }
 }

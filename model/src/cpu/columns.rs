@@ -2,56 +2,153 @@
 
 use std::ops::Range;
 
-use super::matrix::Product;
-use super::panel::{Group, LANES, Lane, Output, Rows, TILE_ROWS, WIDE_PANELS, prefetch_behind, tile_of, wide_tile};
+use super::instructions::Kernel;
+use super::matrix::{Panels, Product};
+use super::panel::{FAR, Group, LANES, Lane, Output, Rows, ask_for, tile_of};
+use super::registers::{Base, Vector};
 
-/// Inner size of a block, whole 8-bit blocks: a panel's part (24 KB) stays in the first-level cache while all rows pass.
-pub(super) const INNER_BLOCK: usize = 384;
+/// Inner size of a block, whole 8-bit blocks: two panels' parts (32 KB) stay in the first-level cache while all rows pass.
+pub(super) const INNER_BLOCK: usize = 256;
 
-/// The columns of `panels` (at most [`WIDE_PANELS`]) of a product, for `rows` rows from a first one on.
-///
-/// - `all`: the matrix's panels, `[outputs / 16][inputs, 16]`
-/// - `wide`: room for [`INNER_BLOCK`] lanes, where the panels are narrower than f32
-pub(super) fn columns<G: Group>(
-    (all, inputs): (&[G], usize),
-    x: Rows,
-    rows: (usize, usize),
-    panels: Range<usize>,
-    product: &Product,
-    wide: Option<&mut [Lane]>,
-) {
-    let (first, height) = rows;
-    if height == 1 && panels.len() == WIDE_PANELS && panels.end * LANES <= product.matrix.shape().0 {
-        let x = &x.from(first).data[..inputs];
-        let four = std::array::from_fn(|i| panel(all, inputs, panels.start + i));
-        let to = (first, panels.start * LANES);
-        return wide_tile(x, four, &product.out, to, product.accumulate);
+/// Room for the widened part of as many panels as are widened together.
+pub(super) type Wide = [[Lane; INNER_BLOCK]; 2];
+
+/// Some columns of a product.
+pub(super) struct Columns<'a> {
+    pub product: &'a Product<'a>,
+    pub x: Rows<'a>,
+    /// The first row and how many.
+    pub rows: (usize, usize),
+    /// Rows of a tile.
+    pub tile: usize,
+    /// The panels.
+    pub panels: Range<usize>,
+    /// Where the panels lie that will be multiplied after these.
+    pub next: Option<*const u8>,
+    /// Where panels narrower than f32 are widened.
+    pub wide: &'a mut Wide,
+}
+
+impl Kernel for Columns<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        match self.product.matrix.panels() {
+            Panels::F32(lanes) => self.all::<V, _>(lanes),
+            Panels::Q8(blocks) => self.all::<V, _>(blocks),
+        }
     }
-    let mut wide = wide.filter(|_| height > TILE_ROWS);
-    for p in panels {
-        let panel = panel(all, inputs, p);
-        let mut part = Part {
-            first,
-            height,
-            column: p * LANES,
-            columns: (product.matrix.shape().0 - p * LANES).min(LANES),
-            accumulate: product.accumulate,
-        };
-        for (block, groups) in panel.chunks(INNER_BLOCK / G::ROWS).enumerate() {
-            let k = (inputs - block * INNER_BLOCK).min(INNER_BLOCK);
-            let x = x.columns_from(block * INNER_BLOCK);
-            part.accumulate = product.accumulate || block > 0;
-            match &mut wide {
-                // Several tiles: widened once into the first-level cache, not once for each.
-                Some(wide) => {
-                    (0..k).for_each(|i| wide[i] = lane(groups, i));
-                    prefetch_behind(groups);
-                    part.run::<_, false>(x, (&wide[..k], k), &product.out);
-                }
-                None => part.run::<_, true>(x, (groups, k), &product.out),
+}
+
+impl Columns<'_> {
+    /// - `all`: the matrix's panels, `[outputs / 16][inputs, 16]`
+    #[inline(always)]
+    fn all<V: Vector, G: Group>(mut self, all: &[G]) {
+        let whole = self.product.matrix.shape().0 / LANES;
+        let mut p = self.panels.start;
+        while p < self.panels.end {
+            let left = self.panels.end.min(whole).saturating_sub(p);
+            match V::together(self.tile).min(left) {
+                0 => p += self.narrow::<V, _>(all, p),
+                1 => p += self.group::<V, _, 1>(all, p),
+                2 | 3 => p += self.group::<V, _, 2>(all, p),
+                _ => p += self.group::<V, _, 4>(all, p),
             }
         }
     }
+
+    /// The columns of `P` whole panels from `p` on.
+    #[inline(always)]
+    fn group<V: Vector, G: Group, const P: usize>(&mut self, all: &[G], p: usize) -> usize {
+        let inputs = self.product.matrix.shape().1;
+        let panels: [&[G]; P] = std::array::from_fn(|i| panel(all, inputs, p + i));
+        let (first, height) = self.rows;
+        for start in (0..inputs).step_by(INNER_BLOCK) {
+            let k = (inputs - start).min(INNER_BLOCK);
+            let accumulate = self.product.accumulate || start > 0;
+            let part = panels.map(|p| &p[start / G::ROWS..][..k.div_ceil(G::ROWS)]);
+            let ahead = self.ahead(panels, p, start + INNER_BLOCK);
+            let ahead = ahead.as_ref().map_or(&[][..], |ahead| &ahead[..]);
+            let x = self.x.columns_from(start);
+            if height > self.tile && G::ROWS > 1 && P <= 2 {
+                // Several tiles: widened once into the first-level cache, not once for each.
+                let wide = widen::<V, _, P>(part, k, ahead, self.wide);
+                for row in (first..first + height).step_by(self.tile) {
+                    let rows = (first + height - row).min(self.tile);
+                    let at = (row, p * LANES);
+                    tile_of::<V, _, P>(x.from(row), rows, (wide, k), &self.product.out, at, accumulate, &[]);
+                }
+                continue;
+            }
+            for (t, row) in (first..first + height).step_by(self.tile).enumerate() {
+                let rows = (first + height - row).min(self.tile);
+                // What comes next is asked for evenly: by the only tile, or by the first tiles a panel each.
+                let ahead = match height <= self.tile {
+                    true => ahead,
+                    false => ahead.get(t..t + 1).unwrap_or(&[]),
+                };
+                let at = (row, p * LANES);
+                tile_of::<V, _, P>(x.from(row), rows, (part, k), &self.product.out, at, accumulate, ahead);
+            }
+        }
+        P
+    }
+
+    /// Where the rows lie that will be multiplied after the block of `panels` before row `start`.
+    #[inline(always)]
+    fn ahead<G: Group, const P: usize>(&self, panels: [&[G]; P], p: usize, start: usize) -> Option<[*const G; P]> {
+        let groups = panels[0].len();
+        if start < groups * G::ROWS {
+            return Some(panels.map(|p| p[start / G::ROWS..].as_ptr()));
+        }
+        let behind = |first: *const G, groups: usize| std::array::from_fn(|i| first.wrapping_add(i * groups));
+        if p + P < self.panels.end {
+            return Some(behind(panels[P - 1].as_ptr_range().end, groups));
+        }
+        // Where the next matrix is of another shape, about as many of its bytes are asked for.
+        Some(behind(self.next?.cast(), groups))
+    }
+
+    /// The last panel of a width that is no multiple of sixteen.
+    #[inline(always)]
+    fn narrow<V: Vector, G: Group>(&mut self, all: &[G], p: usize) -> usize {
+        let (outputs, inputs) = self.product.matrix.shape();
+        let (first, height) = self.rows;
+        for row in (first..first + height).step_by(self.tile) {
+            let rows = (first + height - row).min(self.tile);
+            let panel = (panel(all, inputs, p), inputs);
+            let at = (row, p * LANES, outputs - p * LANES);
+            narrow_tile_of::<V, G>(
+                self.x.from(row),
+                rows,
+                panel,
+                &self.product.out,
+                at,
+                self.product.accumulate,
+            );
+        }
+        1
+    }
+}
+
+/// The first `k` rows of `panels` in f32.
+#[inline(always)]
+fn widen<'a, V: Vector, G: Group, const P: usize>(
+    panels: [&[G]; P],
+    k: usize,
+    ahead: &[*const G],
+    to: &'a mut Wide,
+) -> [&'a [Lane]; P] {
+    for (p, (panel, to)) in panels.iter().zip(to.iter_mut()).enumerate() {
+        for (g, (group, to)) in panel.iter().zip(to[..k].chunks_mut(G::ROWS)).enumerate() {
+            if let Some(ahead) = ahead.get(p) {
+                ask_for::<_, FAR>(ahead.wrapping_add(g));
+            }
+            for (i, lane) in to.iter_mut().enumerate() {
+                group.row::<V>(i).store(&mut lane.0);
+            }
+        }
+    }
+    std::array::from_fn(|p| &to[p][..k])
 }
 
 /// Panel `p` of panels of `inputs` rows.
@@ -65,57 +162,44 @@ pub(super) fn panel<G: Group>(all: &[G], inputs: usize, p: usize) -> &[G] {
 #[inline(always)]
 pub(super) fn lane<G: Group>(panel: &[G], i: usize) -> Lane {
     let mut lane = Lane::ZERO;
-    panel[i / G::ROWS].row(i % G::ROWS).store(&mut lane.0);
+    panel[i / G::ROWS].row::<Base>(i % G::ROWS).store(&mut lane.0);
     lane
 }
 
-/// The part of a product that one panel gives.
-struct Part {
-    first: usize,
-    height: usize,
-    column: usize,
-    columns: usize,
-    accumulate: bool,
-}
-
-impl Part {
-    /// Tile after tile with the first `k` rows of a panel; `AHEAD` as in [`tile_of`].
-    #[inline(always)]
-    fn run<G: Group, const AHEAD: bool>(&self, x: Rows, panel: (&[G], usize), out: &Output) {
-        for (i, row) in (self.first..self.first + self.height).step_by(TILE_ROWS).enumerate() {
-            let height = (self.first + self.height - row).min(TILE_ROWS);
-            let (x, to) = (x.from(row), (row, self.column));
-            match (self.columns, i) {
-                // The first tile waits for its own panel; while the second runs, the memory has nothing else to do.
-                (LANES, 1) => tile_of::<G, AHEAD>(x, height, panel, out, to, self.accumulate),
-                (LANES, _) => tile_of::<G, false>(x, height, panel, out, to, self.accumulate),
-                _ => self.narrow(x, (row, height), panel, out),
-            }
-        }
-    }
-
-    /// A tile of the last panel of a width that is no multiple of sixteen.
-    fn narrow<G: Group>(&self, x: Rows, (row, height): (usize, usize), panel: (&[G], usize), out: &Output) {
-        narrow_tile(x, height, panel, out, (row, self.column, self.columns), self.accumulate);
-    }
-}
-
-/// [`tile_of`] for fewer than sixteen `columns`.
+/// [`super::panel::tile`] for fewer than sixteen `columns` and any kind of panel, of which the first `k` rows count.
 pub(super) fn narrow_tile<G: Group>(
     x: Rows,
     rows: usize,
     panel: (&[G], usize),
     out: &Output,
+    at: (usize, usize, usize),
+    accumulate: bool,
+) {
+    narrow_tile_of::<Base, G>(x, rows, panel, out, at, accumulate);
+}
+
+/// [`narrow_tile`] with at most [`Vector::ROWS`] rows.
+#[inline(always)]
+pub(super) fn narrow_tile_of<V: Vector, G: Group>(
+    x: Rows,
+    rows: usize,
+    (panel, k): (&[G], usize),
+    out: &Output,
     (row, column, columns): (usize, usize, usize),
     accumulate: bool,
 ) {
-    let mut whole = [0f32; TILE_ROWS * LANES];
+    const { assert!(V::ROWS <= 16) }
+    let mut whole = [0f32; 16 * LANES];
+    if accumulate {
+        // Added up in the order of whole tiles: a sum depends on nothing but its row and its column.
+        for (r, sums) in whole.chunks_exact_mut(LANES).take(rows).enumerate() {
+            sums[..columns].copy_from_slice(out.part(row + r, column, columns));
+        }
+    }
     // SAFETY: one thread, and `whole` is read only when the product is there.
     let to = unsafe { Output::shared(&mut whole, LANES) };
-    tile_of::<G, false>(x, rows, panel, &to, (0, 0), false);
+    tile_of::<V, G, 1>(x, rows, ([panel], k), &to, (0, 0), accumulate, &[]);
     for (r, sums) in whole.chunks_exact(LANES).take(rows).enumerate() {
-        for (out, sum) in out.part(row + r, column, columns).iter_mut().zip(sums) {
-            *out = if accumulate { *out + sum } else { *sum };
-        }
+        out.part(row + r, column, columns).copy_from_slice(&sums[..columns]);
     }
 }

@@ -1,13 +1,16 @@
 //! Frozen weights in panels, and the products with them.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::columns::{INNER_BLOCK, columns, lane, panel};
-use super::panel::{Group, LANES, Lane, Output, Rows, TILE_ROWS, WIDE_PANELS};
+use super::columns::{Columns, INNER_BLOCK, lane, panel};
+use super::instructions::Instructions;
+use super::memory::Memory;
+use super::panel::{Group, LANES, Lane, Output, Rows};
 use super::quantized::Q8Block;
+use super::share::{Cost, share};
 
 /// A frozen weight `[outputs, inputs]`, laid out as products read it: panels of sixteen outputs one behind the other,
 /// each `[inputs, 16]`, the last filled up with zeros.
@@ -26,21 +29,21 @@ pub(crate) struct Product<'a> {
 }
 
 /// All panels of a matrix.
-enum Panels {
-    F32(Vec<Lane>),
-    Q8(Vec<Q8Block>),
+pub(super) enum Panels {
+    F32(Memory<Lane>),
+    Q8(Memory<Q8Block>),
 }
 
-/// Rows of a block: their part of the left side stays in the second-level cache while all panels pass.
-pub(super) const ROW_BLOCK: usize = 32 * TILE_ROWS;
-/// Multiplications below which a product is not shared out: waking a thread costs some microseconds.
-const SERIAL_BELOW: usize = 1 << 18;
+/// Bytes of a block of rows: it stays in the second-level cache while all panels pass.
+const ROW_BLOCK_BYTES: usize = 3 << 18;
+/// Rows of a block all the same: with too few the weights would be read too often.
+const BLOCK_ROWS: RangeInclusive<usize> = 96..=512;
 
 impl PackedMatrix {
     /// - `weight`: `[outputs, inputs]`, row by row
     pub fn pack(weight: &[f32], outputs: usize, inputs: usize) -> Self {
         assert_eq!(weight.len(), outputs * inputs, "a weight of another shape");
-        let mut panels = vec![Lane::ZERO; outputs.div_ceil(LANES) * inputs];
+        let mut panels = Memory::filled(Lane::ZERO, outputs.div_ceil(LANES) * inputs);
         panels.par_chunks_mut(inputs.max(1)).enumerate().for_each(|(p, panel)| {
             for (j, row) in weight[p * LANES * inputs..]
                 .chunks_exact(inputs)
@@ -61,14 +64,19 @@ impl PackedMatrix {
 
     /// The nearest 8-bit weight.
     pub fn quantized(&self) -> Self {
-        let blocks = |p: usize| {
+        let groups = self.inputs.div_ceil(Q8Block::ROWS);
+        let mut panels = Memory::filled(Q8Block::nearest(&[]), self.outputs.div_ceil(LANES) * groups);
+        panels.par_chunks_mut(groups.max(1)).enumerate().for_each(|(p, panel)| {
             self.with_lanes(p, (0, self.inputs), |lanes| {
-                lanes.chunks(Q8Block::ROWS).map(Q8Block::nearest).collect::<Vec<_>>()
-            })
-        };
-        let panels: Vec<Vec<Q8Block>> = (0..self.outputs.div_ceil(LANES)).into_par_iter().map(blocks).collect();
+                let nearest = lanes.chunks(Q8Block::ROWS).map(Q8Block::nearest);
+                panel
+                    .iter_mut()
+                    .zip(nearest)
+                    .for_each(|(block, nearest)| *block = nearest);
+            });
+        });
         Self {
-            panels: Panels::Q8(panels.concat()),
+            panels: Panels::Q8(panels),
             outputs: self.outputs,
             inputs: self.inputs,
         }
@@ -82,8 +90,8 @@ impl PackedMatrix {
     /// Bytes that the weights take.
     pub fn bytes(&self) -> usize {
         match &self.panels {
-            Panels::F32(lanes) => size_of_val(lanes.as_slice()),
-            Panels::Q8(blocks) => size_of_val(blocks.as_slice()),
+            Panels::F32(lanes) => size_of_val(&lanes[..]),
+            Panels::Q8(blocks) => size_of_val(&blocks[..]),
         }
     }
 
@@ -116,11 +124,27 @@ impl PackedMatrix {
         }
     }
 
-    /// The columns of `panels` (at most [`WIDE_PANELS`]) for `rows` rows from `first` on.
-    fn columns(&self, x: Rows, rows: (usize, usize), panels: Range<usize>, product: &Product, wide: &mut [Lane]) {
+    /// The weights as they are stored.
+    pub(super) fn panels(&self) -> &Panels {
+        &self.panels
+    }
+
+    /// The weights as bytes.
+    pub(super) fn as_bytes(&self) -> &[u8] {
+        let start = self.address(0);
+        // SAFETY: as many bytes as the panels take, all of them written when they were made: lanes and blocks are plain
+        // numbers without padding.
+        unsafe { std::slice::from_raw_parts(start, self.bytes()) }
+    }
+
+    /// The address of panel `p`, or of where it would be.
+    pub(super) fn address(&self, p: usize) -> *const u8 {
         match &self.panels {
-            Panels::F32(lanes) => columns((lanes, self.inputs), x, rows, panels, product, None),
-            Panels::Q8(blocks) => columns((blocks, self.inputs), x, rows, panels, product, Some(wide)),
+            Panels::F32(lanes) => lanes.as_ptr().wrapping_add(p * self.inputs).cast(),
+            Panels::Q8(blocks) => blocks
+                .as_ptr()
+                .wrapping_add(p * self.inputs.div_ceil(Q8Block::ROWS))
+                .cast(),
         }
     }
 }
@@ -135,36 +159,102 @@ impl std::fmt::Debug for PackedMatrix {
 ///
 /// - `x`: `[rows, inputs]` of every matrix
 pub(crate) fn multiply(x: Rows, rows: usize, products: &[Product]) {
-    let work: usize = products.iter().map(|p| rows * p.matrix.outputs * p.matrix.inputs).sum();
-    let step = if rows == 1 { WIDE_PANELS } else { 1 };
-    let mut jobs = Vec::new();
-    for first in (0..rows).step_by(ROW_BLOCK) {
-        for product in products {
-            let panels = product.matrix.outputs.div_ceil(LANES);
-            let ranges = (0..panels).step_by(step).map(|p| p..(p + step).min(panels));
-            jobs.extend(ranges.map(|range| (first, product, range)));
-        }
-    }
-    let run = |jobs: &[(usize, &Product, Range<usize>)]| {
-        let mut wide = [Lane::ZERO; INNER_BLOCK];
-        for (first, product, panels) in jobs {
-            let height = (rows - first).min(ROW_BLOCK);
-            product
-                .matrix
-                .columns(x, (*first, height), panels.clone(), product, &mut wide);
-        }
-    };
-    share(&jobs, work, run);
+    multiply_with(Instructions::best(), x, rows, products);
 }
 
-/// Runs every job, on several threads where the `work` of all, in multiplications, is worth it.
-pub(super) fn share<J: Sync>(jobs: &[J], work: usize, run: impl Fn(&[J]) + Send + Sync) {
-    if work < SERIAL_BELOW {
-        return run(jobs);
+/// [`multiply`] with certain instructions: any give the same bits.
+pub(super) fn multiply_with(instructions: Instructions, x: Rows, rows: usize, products: &[Product]) {
+    let inputs = products.iter().map(|p| p.matrix.inputs).max().unwrap_or(0);
+    let blocks = RowBlocks::new(instructions, rows, inputs);
+    let units = Units {
+        together: instructions.together(blocks.tile),
+        products,
+    };
+    let per_block = units.count();
+    let cost = Cost {
+        products: products.iter().map(|p| rows * p.matrix.outputs * p.matrix.inputs).sum(),
+        bytes: products.iter().map(|p| p.matrix.bytes()).sum::<usize>() * blocks.count(),
+    };
+    share(per_block * blocks.count(), cost, |range: Range<usize>, more: bool| {
+        let mut wide = [[Lane::ZERO; INNER_BLOCK]; 2];
+        for unit in range.clone() {
+            let Some((product, panels)) = units.get(unit % per_block) else {
+                continue;
+            };
+            let next = (unit + 1 < range.end || more).then(|| units.get((unit + 1) % per_block));
+            instructions.run(Columns {
+                product,
+                x,
+                rows: blocks.rows(unit / per_block),
+                tile: blocks.tile,
+                panels,
+                next: next.flatten().map(|(p, panels)| p.matrix.address(panels.start)),
+                wide: &mut wide,
+            });
+        }
+    });
+}
+
+/// Groups of panels of several products, one after the other.
+struct Units<'a> {
+    together: usize,
+    products: &'a [Product<'a>],
+}
+
+impl<'a> Units<'a> {
+    fn of(&self, product: &Product) -> usize {
+        product.matrix.outputs.div_ceil(LANES).div_ceil(self.together)
     }
-    // Parts of about a hundred microseconds: enough to share out, too few to be felt.
-    let parts = (work / SERIAL_BELOW / 4).clamp(rayon::current_num_threads(), jobs.len().max(1));
-    jobs.par_chunks(jobs.len().div_ceil(parts)).for_each(run);
+
+    fn count(&self) -> usize {
+        self.products.iter().map(|p| self.of(p)).sum()
+    }
+
+    /// The product and the panels of a unit.
+    fn get(&self, mut unit: usize) -> Option<(&'a Product<'a>, Range<usize>)> {
+        for product in self.products {
+            if unit < self.of(product) {
+                let first = unit * self.together;
+                let end = (first + self.together).min(product.matrix.outputs.div_ceil(LANES));
+                return Some((product, first..end));
+            }
+            unit -= self.of(product);
+        }
+        None
+    }
+}
+
+/// The rows of a product in blocks of tiles of nearly the same height.
+pub(super) struct RowBlocks {
+    rows: usize,
+    /// Rows of a tile.
+    pub tile: usize,
+    block: usize,
+}
+
+impl RowBlocks {
+    pub fn new(instructions: Instructions, rows: usize, inputs: usize) -> Self {
+        let tiles = rows.div_ceil(instructions.tile_rows()).max(1);
+        let tile = rows.div_ceil(tiles).max(1);
+        let fit = (ROW_BLOCK_BYTES / (4 * inputs.max(1))).clamp(*BLOCK_ROWS.start(), *BLOCK_ROWS.end());
+        // As many tiles in each block, or one less.
+        let blocks = rows.div_ceil(fit).max(1);
+        Self {
+            rows,
+            tile,
+            block: tile * tiles.div_ceil(blocks),
+        }
+    }
+
+    pub fn count(&self) -> usize {
+        self.rows.div_ceil(self.block)
+    }
+
+    /// The first row of a block and how many it has.
+    pub fn rows(&self, block: usize) -> (usize, usize) {
+        let first = block * self.block;
+        (first, (self.rows - first).min(self.block))
+    }
 }
 
 /// The products of one weight, for callers that hold tensors.
@@ -186,107 +276,4 @@ pub(crate) fn product(x: &[f32], matrix: &Arc<PackedMatrix>) -> Vec<f32> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::cpu::{Turned, multiply_turned};
-
-    fn values(n: usize, seed: usize) -> Vec<f32> {
-        (0..n).map(|i| ((i * 31 + seed * 17) % 23) as f32 / 8.0 - 1.4).collect()
-    }
-
-    fn check(rows: usize, outputs: usize, inputs: usize) {
-        let (x, w) = (values(rows * inputs, 1), values(outputs * inputs, 2));
-        let packed = Arc::new(PackedMatrix::pack(&w, outputs, inputs));
-        assert_eq!(packed.unpack(), w);
-        let got = product(&x, &packed);
-        let grad = values(rows * outputs, 3);
-        let mut dx = vec![0f32; rows * inputs];
-        multiply_turned(
-            &[Turned {
-                grad: &grad,
-                matrix: &packed,
-            }],
-            &mut dx,
-            false,
-        );
-        for r in 0..rows {
-            for o in 0..outputs {
-                let want: f64 = (0..inputs)
-                    .map(|i| f64::from(x[r * inputs + i] * w[o * inputs + i]))
-                    .sum();
-                let got = f64::from(got[r * outputs + o]);
-                assert!(
-                    (got - want).abs() < 1e-3,
-                    "{rows}x{outputs}x{inputs} at {r}, {o}: {got}, want {want}"
-                );
-            }
-            for i in 0..inputs {
-                let want: f64 = (0..outputs)
-                    .map(|o| f64::from(grad[r * outputs + o] * w[o * inputs + i]))
-                    .sum();
-                let got = f64::from(dx[r * inputs + i]);
-                assert!(
-                    (got - want).abs() < 1e-3,
-                    "gradient {rows}x{outputs}x{inputs} at {r}, {i}: {got}, want {want}"
-                );
-            }
-        }
-    }
-
-    #[test]
-    fn products_and_gradients_of_every_odd_size() {
-        for (rows, outputs, inputs) in [
-            (1, 1, 1),
-            (1, 16, 8),
-            (5, 17, 3),
-            (7, 40, 400),
-            (200, 33, 20),
-            (6, 16, 769),
-        ] {
-            check(rows, outputs, inputs);
-        }
-    }
-
-    #[test]
-    fn large_products_are_shared_out_and_add_up() {
-        check(70, 90, 130);
-        let packed = PackedMatrix::pack(&values(64 * 64, 2), 64, 64);
-        let x = values(64 * 64, 1);
-        let rows = Rows { data: &x, stride: 64 };
-        let mut twice = vec![0f32; 64 * 64];
-        for accumulate in [false, true] {
-            // SAFETY: read only when `multiply` has returned.
-            let out = unsafe { Output::shared(&mut twice, 64) };
-            multiply(
-                rows,
-                64,
-                &[Product {
-                    matrix: &packed,
-                    out,
-                    accumulate,
-                }],
-            );
-        }
-        let once = product(&x, &Arc::new(packed));
-        assert!(twice.iter().zip(&once).all(|(t, o)| (t - 2.0 * o).abs() < 1e-4));
-    }
-
-    #[test]
-    fn an_eight_bit_weight_multiplies_as_the_numbers_it_stands_for() {
-        for (rows, outputs, inputs) in [(1, 17, 3), (1, 130, 400), (5, 33, 64), (7, 40, 400), (200, 64, 769)] {
-            let exact = PackedMatrix::pack(&values(outputs * inputs, 2), outputs, inputs);
-            let small = Arc::new(exact.quantized());
-            let same = Arc::new(PackedMatrix::pack(&small.unpack(), outputs, inputs));
-            let (x, grad) = (values(rows * inputs, 1), values(rows * outputs, 3));
-            assert_eq!(product(&x, &small), product(&x, &same), "{rows}x{outputs}x{inputs}");
-            let backward = |matrix: &Arc<PackedMatrix>| {
-                let mut dx = vec![0f32; rows * inputs];
-                multiply_turned(&[Turned { grad: &grad, matrix }], &mut dx, false);
-                dx
-            };
-            assert_eq!(backward(&small), backward(&same));
-            let panels = outputs.div_ceil(LANES) * inputs.div_ceil(32);
-            assert_eq!(small.bytes(), panels * LANES * (32 + 4));
-        }
-    }
-}
+mod tests;

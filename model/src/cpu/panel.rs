@@ -1,13 +1,12 @@
 //! The one inner loop of the CPU path: a few rows times a panel of sixteen columns.
 
-use super::registers::Registers;
+use super::registers::{Base, Vector};
 
 /// Columns of a panel: two AVX registers of f32, one cache line.
 pub(crate) const LANES: usize = 16;
 
-/// Rows that are multiplied together: twelve accumulators, two registers of the panel and one of the rows are fifteen
-/// of the sixteen there are.
-pub(crate) const TILE_ROWS: usize = 6;
+/// Rows that [`tile`] multiplies together.
+pub(crate) const TILE_ROWS: usize = Base::ROWS;
 
 /// One row of a panel, on a cache line of its own.
 #[derive(Debug, Clone, Copy)]
@@ -92,15 +91,15 @@ pub(crate) trait Group: Copy + Send + Sync {
     const ROWS: usize;
 
     /// Row `i`, below [`Group::ROWS`].
-    fn row(&self, i: usize) -> Registers;
+    fn row<V: Vector>(&self, i: usize) -> V;
 }
 
 impl Group for Lane {
     const ROWS: usize = 1;
 
     #[inline(always)]
-    fn row(&self, _: usize) -> Registers {
-        Registers::load(&self.0)
+    fn row<V: Vector>(&self, _: usize) -> V {
+        V::load(&self.0)
     }
 }
 
@@ -110,7 +109,55 @@ impl Group for Lane {
 /// - `panel`: `[k, LANES]`
 /// - `out` and `(row, column)`: where the `[rows, LANES]` go
 #[inline(always)]
-pub(crate) fn tile(
+pub(crate) fn tile(a: Rows, rows: usize, panel: &[Lane], out: &Output, at: (usize, usize), accumulate: bool) {
+    tile_of::<Base, Lane, 1>(a, rows, ([panel], panel.len()), out, at, accumulate, &[]);
+}
+
+/// [`tile`] for the first `k` rows of `P` panels side by side, of any kind, with at most [`Vector::ROWS`] rows. It asks for
+/// what lies at `ahead`, one panel's or all panels' rows: what is multiplied next then comes while this is multiplied, not
+/// when it is needed.
+#[inline(always)]
+pub(crate) fn tile_of<V: Vector, G: Group, const P: usize>(
+    a: Rows,
+    rows: usize,
+    (panels, k): ([&[G]; P], usize),
+    out: &Output,
+    (row, column): (usize, usize),
+    accumulate: bool,
+    ahead: &[*const G],
+) {
+    if rows == 0 {
+        return;
+    }
+    assert!(panels.iter().all(|p| k <= p.len() * G::ROWS), "panel too short");
+    assert!(
+        k == 0 || a.data.len() >= (rows - 1) * a.stride + k,
+        "rows too short for the panel"
+    );
+    let tile = Tile {
+        a: a.data.as_ptr(),
+        stride: a.stride,
+        panels: panels.map(<[G]>::as_ptr),
+        k,
+        out: out.pointer(row, column, rows, P * LANES),
+        width: out.width,
+        accumulate,
+        ahead: std::array::from_fn(|p| ahead.get(p).copied().unwrap_or(std::ptr::null())),
+    };
+    // SAFETY: the asserts and `pointer` keep `rows` rows of `k` elements inside `a`, `k` rows inside each panel, and as
+    // many rows of `P * LANES` elements inside `out`.
+    unsafe {
+        match ahead.len() {
+            0 => V::dispatch::<G, P, 0, false>(rows, tile),
+            1 => V::dispatch::<G, P, 1, false>(rows, tile),
+            _ => V::dispatch::<G, P, P, false>(rows, tile),
+        }
+    }
+}
+
+/// [`tile`] for panels and a left side that lies turned: `a` is `[panel.len(), rows]`, one row per row of the panel.
+#[inline(always)]
+pub(crate) fn tile_turned_of<V: Vector>(
     a: Rows,
     rows: usize,
     panel: &[Lane],
@@ -118,112 +165,82 @@ pub(crate) fn tile(
     (row, column): (usize, usize),
     accumulate: bool,
 ) {
-    tile_of::<Lane, false>(a, rows, (panel, panel.len()), out, (row, column), accumulate);
-}
-
-/// [`tile`] for a panel of any kind, whose first `k` rows count. With `AHEAD` it asks for what lies behind the panel, row
-/// by row: the next panel then comes while this one is multiplied, not when it is needed.
-#[inline(always)]
-pub(crate) fn tile_of<G: Group, const AHEAD: bool>(
-    a: Rows,
-    rows: usize,
-    (panel, k): (&[G], usize),
-    out: &Output,
-    (row, column): (usize, usize),
-    accumulate: bool,
-) {
     if rows == 0 {
         return;
     }
-    assert!(k <= panel.len() * G::ROWS, "panel too short");
     assert!(
-        k == 0 || a.data.len() >= (rows - 1) * a.stride + k,
-        "rows too short for the panel"
+        panel.is_empty() || a.data.len() >= (panel.len() - 1) * a.stride + rows,
+        "too few rows for the panel"
     );
-    let (a, out) = (
-        (a.data.as_ptr(), a.stride),
-        (out.pointer(row, column, rows, LANES), out.width),
-    );
-    let panel = [panel];
-    // SAFETY: the asserts and `pointer` keep `rows` rows of `k` elements inside `a`, `k` rows inside the panel, and as
-    // many rows of `LANES` elements inside `out`.
-    unsafe {
-        match rows {
-            1 => run::<G, 1, 1, AHEAD>(a, panel, k, out, accumulate),
-            2 => run::<G, 2, 1, AHEAD>(a, panel, k, out, accumulate),
-            3 => run::<G, 3, 1, AHEAD>(a, panel, k, out, accumulate),
-            4 => run::<G, 4, 1, AHEAD>(a, panel, k, out, accumulate),
-            5 => run::<G, 5, 1, AHEAD>(a, panel, k, out, accumulate),
-            TILE_ROWS => run::<G, TILE_ROWS, 1, AHEAD>(a, panel, k, out, accumulate),
-            _ => unreachable!("a tile has at most {TILE_ROWS} rows"),
-        }
-    }
+    let tile = Tile {
+        a: a.data.as_ptr(),
+        stride: a.stride,
+        panels: [panel.as_ptr()],
+        k: panel.len(),
+        out: out.pointer(row, column, rows, LANES),
+        width: out.width,
+        accumulate,
+        ahead: [std::ptr::null()],
+    };
+    // SAFETY: as in `tile_of`, with rows and columns of `a` changed over.
+    unsafe { V::dispatch::<Lane, 1, 0, true>(rows, tile) }
 }
 
-/// Panels that are multiplied with a single row together: one panel's two sums would wait for each other.
-pub(crate) const WIDE_PANELS: usize = 4;
-
-/// [`tile_of`] for one row and [`WIDE_PANELS`] panels that lie one behind the other, `[WIDE_PANELS][k, LANES]`.
-///
-/// - `a`: `[k]`
-/// - `out` and `(row, column)`: where the `WIDE_PANELS * LANES` sums go
-#[inline(always)]
-pub(crate) fn wide_tile<G: Group>(
-    a: &[f32],
-    panels: [&[G]; WIDE_PANELS],
-    out: &Output,
-    (row, column): (usize, usize),
-    accumulate: bool,
-) {
-    let k = a.len();
-    assert!(panels.iter().all(|p| k <= p.len() * G::ROWS), "panel too short");
-    let to = out.pointer(row, column, 1, WIDE_PANELS * LANES);
-    // SAFETY: as in `tile_of`.
-    unsafe { run::<G, 1, WIDE_PANELS, false>((a.as_ptr(), 0), panels, k, (to, 0), accumulate) }
-}
-
-/// The first `k` rows of `P` panels times `M` rows.
-///
-/// # Safety
-/// `M` rows of `k` elements are readable at `a`, `k` rows of each panel are there, and `M` rows of `P * LANES` are
-/// writable at `out`.
-#[inline(always)]
-unsafe fn run<G: Group, const M: usize, const P: usize, const AHEAD: bool>(
-    (a, stride): (*const f32, usize),
-    panels: [&[G]; P],
+/// What one run of the inner loop works on.
+#[derive(Clone, Copy)]
+pub(crate) struct Tile<G, const P: usize> {
+    a: *const f32,
+    stride: usize,
+    panels: [*const G; P],
     k: usize,
-    (out, out_stride): (*mut f32, usize),
+    out: *mut f32,
+    width: usize,
     accumulate: bool,
-) {
-    // SAFETY: the caller vouches for the rows and the panels.
-    unsafe {
-        let mut sums = [[Registers::zero(); P]; M];
-        if accumulate {
-            for (r, sums) in sums.iter_mut().enumerate() {
-                for (p, sum) in sums.iter_mut().enumerate() {
-                    *sum = Registers::load(&*out.add(r * out_stride + p * LANES).cast());
-                }
-            }
-        }
-        for g in 0..k.div_ceil(G::ROWS) {
-            let first = g * G::ROWS;
-            if AHEAD {
-                ask_for(panels[0].as_ptr().wrapping_add(panels[0].len() + g));
-            }
-            let count = if G::ROWS == 1 { 1 } else { (k - first).min(G::ROWS) };
-            for i in 0..count {
-                let rows: [Registers; P] = std::array::from_fn(|p| panels[p].get_unchecked(g).row(i));
+    ahead: [*const G; P],
+}
+
+impl<G: Group, const P: usize> Tile<G, P> {
+    /// The first `k` rows of the panels times `M` rows, or, where `T`, times `M` columns of `k` rows; asks for the rows at the
+    /// first `A` of `ahead`.
+    ///
+    /// # Safety
+    /// `M` rows of `k` elements (or `k` of `M`) are readable at `a`, `k` rows of each panel are there, `M` rows of
+    /// `P * LANES` are writable at `out`, and the processor has the instructions of `V`.
+    #[inline(always)]
+    pub(super) unsafe fn run<V: Vector, const M: usize, const A: usize, const T: bool>(self) {
+        // SAFETY: the caller vouches for the rows and the panels.
+        unsafe {
+            let mut sums = [[V::zero(); P]; M];
+            if self.accumulate {
                 for (r, sums) in sums.iter_mut().enumerate() {
-                    let x = *a.add(r * stride + first + i);
-                    for (sum, row) in sums.iter_mut().zip(&rows) {
-                        *sum = sum.plus(x, *row);
+                    for (p, sum) in sums.iter_mut().enumerate() {
+                        *sum = V::load(&*self.out.add(r * self.width + p * LANES).cast());
                     }
                 }
             }
-        }
-        for (r, sums) in sums.iter().enumerate() {
-            for (p, sum) in sums.iter().enumerate() {
-                sum.store(&mut *out.add(r * out_stride + p * LANES).cast());
+            for g in 0..self.k.div_ceil(G::ROWS) {
+                let first = g * G::ROWS;
+                for ahead in &self.ahead[..A.min(P)] {
+                    ask_for::<_, FAR>(ahead.wrapping_add(g));
+                }
+                let count = if G::ROWS == 1 { 1 } else { (self.k - first).min(G::ROWS) };
+                for i in 0..count {
+                    let rows: [V; P] = std::array::from_fn(|p| (*self.panels[p].add(g)).row(i));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let x = match T {
+                            true => *self.a.add((first + i) * self.stride + r),
+                            false => *self.a.add(r * self.stride + first + i),
+                        };
+                        for (sum, row) in sums.iter_mut().zip(&rows) {
+                            *sum = sum.plus(x, *row);
+                        }
+                    }
+                }
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (p, sum) in sums.iter().enumerate() {
+                    sum.store(&mut *self.out.add(r * self.width + p * LANES).cast());
+                }
             }
         }
     }
@@ -233,26 +250,29 @@ unsafe fn run<G: Group, const M: usize, const P: usize, const AHEAD: bool>(
 #[inline(always)]
 pub(crate) fn prefetch(panel: &[Lane]) {
     for lane in panel {
-        ask_for(lane);
+        ask_for::<_, NEAR>(lane);
     }
 }
 
-/// Asks for as many groups as there are in `panel`, from behind it.
-#[inline(always)]
-pub(crate) fn prefetch_behind<G: Group>(panel: &[G]) {
-    for i in 0..panel.len() {
-        ask_for(panel.as_ptr().wrapping_add(panel.len() + i));
-    }
-}
+/// Into the first-level cache, for what is read at once.
+const NEAR: bool = true;
+/// Into the second-level cache: the first has too few places for lines on their way.
+pub(super) const FAR: bool = false;
 
 /// Asks for every cache line of `at`, which may lie anywhere.
 #[inline(always)]
-fn ask_for<T>(at: *const T) {
+pub(super) fn ask_for<T, const HINT: bool>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     for line in 0..size_of::<T>().div_ceil(64) {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        let at = at.cast::<i8>().wrapping_add(64 * line);
         // SAFETY: a prefetch reads nothing that the program sees, faults nowhere, and every x86-64 processor has it.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast::<i8>().wrapping_add(64 * line)) }
+        unsafe {
+            match HINT {
+                NEAR => _mm_prefetch::<_MM_HINT_T0>(at),
+                FAR => _mm_prefetch::<_MM_HINT_T1>(at),
+            }
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = at;

@@ -6,7 +6,7 @@
 //! one row of 110 M, 2.5 to 3.5 times at 16 rows, 4 at 64.
 
 use super::panel::{Group, LANES, Lane};
-use super::registers::Registers;
+use super::registers::Vector;
 
 /// Inputs that share a scale.
 pub(crate) const BLOCK_INPUTS: usize = 32;
@@ -43,13 +43,14 @@ impl Group for Q8Block {
     const ROWS: usize = BLOCK_INPUTS;
 
     #[inline(always)]
-    fn row(&self, i: usize) -> Registers {
-        Registers::scaled(&self.rows[i], &self.scales)
+    fn row<V: Vector>(&self, i: usize) -> V {
+        V::scaled(&self.rows[i], &self.scales)
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::registers::Base;
     use super::*;
 
     #[test]
@@ -64,7 +65,7 @@ mod tests {
         let column = |j: usize| {
             (0..4).map(move |i| {
                 let mut out = [0f32; LANES];
-                block.row(i).store(&mut out);
+                block.row::<Base>(i).store(&mut out);
                 out[j]
             })
         };

@@ -47,6 +47,11 @@ impl Scratch {
         self.kept().extend(large);
     }
 
+    /// Frees all that nobody holds.
+    pub fn clear(&self) {
+        self.kept().clear();
+    }
+
     fn kept(&self) -> MutexGuard<'_, Vec<Vec<f32>>> {
         // The list is whole whatever a thread that held it did.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)

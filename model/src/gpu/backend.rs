@@ -81,15 +81,25 @@ pub(crate) struct Launch<'a> {
     pub args: &'a [Arg],
 }
 
-/// `out = x wᵀ`, or `out += x wᵀ`: sums in f32, rows of `inputs` and `outputs` elements.
+/// How a product reads its weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// `x wᵀ` of a `w` of `[outputs, inputs]`: forward.
+    Transposed,
+    /// `x w` of a `w` of `[inputs, outputs]`: the gradient of a product's input, with the same weight.
+    Plain,
+}
+
+/// `out = x wᵀ` or `out = x w`, or added to `out`: sums in f32, rows of `inputs` and `outputs` elements.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gemm {
     /// `[rows, outputs]` in `out_dtype`, rows `outputs` apart.
     pub out: Address,
     /// `[rows, inputs]` in `dtype`, rows `inputs` apart.
     pub x: Address,
-    /// `[outputs, inputs]` in `dtype`.
+    /// In `dtype`, as `side` says.
     pub w: Address,
+    pub side: Side,
     pub rows: usize,
     pub outputs: usize,
     pub inputs: usize,
@@ -222,6 +232,16 @@ impl Gpu {
         }
     }
 
+    /// Makes the device the thread's own: what another thread begins may be launched from this one then.
+    pub fn bind(&self) -> Result<()> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.bind(),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => Ok(()),
+        }
+    }
+
     /// Where a contiguous tensor lies on this device.
     pub fn address(&self, tensor: &Tensor) -> Result<Address> {
         let (storage, layout) = tensor.storage_and_layout();
@@ -256,6 +276,16 @@ impl Buffer {
             Self::Cuda(buffer) => buffer.address(),
             #[cfg(feature = "kernel-emulation")]
             Self::Emulated(words) => words.as_ptr() as Address,
+        }
+    }
+
+    /// Makes what it holds no number, so that tests see who reads what nobody wrote; on a real device nothing is done.
+    pub fn spoil(&mut self) {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => {}
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(words) => words.fill(u128::MAX),
         }
     }
 }

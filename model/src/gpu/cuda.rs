@@ -13,7 +13,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaModule, CudaSlice
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Error, Result, bail};
 
-use super::backend::{Address, Gemm, Launch};
+use super::backend::{Address, Gemm, Launch, Side};
 use copies::Copies;
 pub(crate) use copies::CudaCopy;
 use module::Function;
@@ -155,12 +155,16 @@ impl CudaGpu {
         let (one, beta) = (1f32, if gemm.accumulate { 1f32 } else { 0f32 });
         let (m, n, k) = (gemm.outputs as i32, gemm.rows as i32, gemm.inputs as i32);
         let dtype = data_type(gemm.dtype)?;
-        // cuBLAS counts in columns: out is its outᵀ = w xᵀ.
+        // cuBLAS counts in columns: out is its outᵀ = w xᵀ, or wᵀ xᵀ, and a w in rows is a wᵀ to it.
+        let (w_op, w_stride) = match gemm.side {
+            Side::Transposed => (blas_sys::cublasOperation_t::CUBLAS_OP_T, k),
+            Side::Plain => (blas_sys::cublasOperation_t::CUBLAS_OP_N, m),
+        };
         // SAFETY: the caller's promise; the scalars are read before the call returns.
         unsafe {
             blas::gemm_ex(
                 *self.blas.handle(),
-                blas_sys::cublasOperation_t::CUBLAS_OP_T,
+                w_op,
                 blas_sys::cublasOperation_t::CUBLAS_OP_N,
                 m,
                 n,
@@ -168,7 +172,7 @@ impl CudaGpu {
                 std::ptr::from_ref(&one).cast(),
                 gemm.w as *const c_void,
                 dtype,
-                k,
+                w_stride,
                 gemm.x as *const c_void,
                 dtype,
                 k,
@@ -231,7 +235,7 @@ impl CudaGpu {
     }
 
     /// Makes the GPU's context this thread's: calls of the driver that bypass cudarc need it.
-    fn bind(&self) -> Result<()> {
+    pub fn bind(&self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(Error::wrap)
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Mutex;
 use candle_core::{DType, Error, Result};
 use half::{bf16, f16};
 
-use super::backend::{Address, Gemm, Launch};
+use super::backend::{Address, Gemm, Launch, Side};
 
 unsafe extern "C" {
     fn emulator_launch(
@@ -85,11 +85,12 @@ impl EmulatedGpu {
         for row in 0..gemm.rows {
             for output in 0..gemm.outputs {
                 let product = |i| {
+                    let weight = match gemm.side {
+                        Side::Transposed => output * gemm.inputs + i,
+                        Side::Plain => i * gemm.outputs + output,
+                    };
                     // SAFETY: the caller's promise.
-                    unsafe {
-                        load(gemm.x, gemm.dtype, row * gemm.inputs + i)
-                            * load(gemm.w, gemm.dtype, output * gemm.inputs + i)
-                    }
+                    unsafe { load(gemm.x, gemm.dtype, row * gemm.inputs + i) * load(gemm.w, gemm.dtype, weight) }
                 };
                 let mut sum: f32 = (0..gemm.inputs).map(product).sum();
                 let at = row * gemm.outputs + output;

@@ -3,14 +3,18 @@
 //! All addresses are of the device; T is the model's dtype.
 
 mod attention;
+mod packed_attention;
+mod training;
 
 use candle_core::{DType, Result};
 
 use super::Gpu;
-use super::backend::{Address, Arg, Gemm, Launch, suffix};
+use super::backend::{Address, Arg, Gemm, Launch, Side, suffix};
 use crate::ops::AttentionShape;
 
 pub(crate) use attention::{AttendInputs, SingleRows};
+pub(crate) use packed_attention::{Packed, PackedGrads, Tiles, packed_tile};
+pub(crate) use training::{Drop, Factor, Heads};
 
 /// Threads of a block that works through a row.
 const ROW_THREADS: u32 = 256;
@@ -66,7 +70,7 @@ impl Kernels<'_> {
             return Ok(());
         }
         let kernel = match name {
-            "sample" => name.to_owned(),
+            "sample" | "term_sum" => name.to_owned(),
             // A suffix of the kernel's own comes behind that of the dtype.
             _ => match name.split_once('/') {
                 Some((name, own)) => format!("{name}_{}_{own}", suffix(self.dtype)?),
@@ -287,9 +291,40 @@ impl Kernels<'_> {
             out,
             x,
             w,
+            side: Side::Transposed,
             rows,
             outputs,
             inputs,
+            accumulate,
+            dtype: self.dtype,
+            out_dtype: self.dtype,
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.gemm(&gemm) }
+    }
+
+    /// `out = grad w`, or added to `out`: what `grad` of [`Kernels::linear`]'s output is for its input.
+    ///
+    /// - `grad`: `[rows, outputs]`; `w`: `[outputs, inputs]`; `out`: `[rows, inputs]`
+    ///
+    /// # Safety
+    /// As [`Gpu::gemm`].
+    pub unsafe fn linear_grad(
+        &self,
+        out: Address,
+        grad: Address,
+        w: Address,
+        (rows, outputs, inputs): (usize, usize, usize),
+        accumulate: bool,
+    ) -> Result<()> {
+        let gemm = Gemm {
+            out,
+            x: grad,
+            w,
+            side: Side::Plain,
+            rows,
+            outputs: inputs,
+            inputs: outputs,
             accumulate,
             dtype: self.dtype,
             out_dtype: self.dtype,

@@ -13,6 +13,7 @@ mod kernels;
 mod pass;
 #[cfg(test)]
 mod tests;
+mod training;
 mod weights;
 mod workspace;
 
@@ -22,3 +23,6 @@ pub(crate) use cuda::free_memory;
 pub(crate) use pass::GpuCache;
 #[cfg(feature = "cuda")]
 pub(crate) use pass::pass_bytes;
+#[cfg(all(test, feature = "kernel-emulation"))]
+pub(crate) use training::Device as TrainingDevice;
+pub(crate) use training::{GpuTraining, TrainingSlot};

@@ -5,9 +5,11 @@
 
 mod attention;
 mod network;
+mod packed;
 mod rows;
 mod sampling;
 mod tensor_cores;
+mod training;
 
 use candle_core::{DType, Device, Result, Tensor};
 

@@ -3,7 +3,9 @@
 mod adapter;
 mod config;
 mod file;
+mod terms;
 
 pub use adapter::{Adapter, Dropout};
 pub(crate) use adapter::{LoraPair, Mask};
 pub use config::{LinearKind, LoraConfig, TargetModules};
+pub(crate) use terms::{Term, Terms, flat_factors};

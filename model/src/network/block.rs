@@ -81,6 +81,15 @@ impl Block {
         self.linears.iter().all(|l| l.weight.packed().is_some()) && plain.all(frozen)
     }
 
+    /// Whether nothing of it is trained itself.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    pub fn is_frozen(&self) -> bool {
+        let heads = self.qk_norms.iter().flat_map(|(q, k)| [q, k]);
+        let norms = [&self.input_norm, &self.post_attention_norm];
+        let plain = self.linears.iter().flat_map(|l| l.bias.iter().chain(l.weight.plain()));
+        !norms.into_iter().chain(heads).chain(plain).any(Tensor::track_op)
+    }
+
     pub fn linear_mut(&mut self, kind: LinearKind) -> &mut Linear {
         &mut self.linears[kind as usize]
     }

@@ -1,12 +1,10 @@
 //! A forward pass on the CPU path: slices, panels, and buffers that are kept from pass to pass.
 
-use rayon::prelude::*;
-
 use super::block::Block;
 use super::linear::Linear;
 use super::{Llama, Segment};
 use crate::ModelError;
-use crate::cpu::{HostCache, Output, PackedMatrix, Product, Rows, Span, Workspace, attend, multiply};
+use crate::cpu::{Attention, HostCache, Output, PackedMatrix, Product, Rows, Span, Workspace, attend, each, multiply};
 use crate::lora::{Adapter, LinearKind};
 use crate::ops::{self, host_floats};
 
@@ -14,8 +12,6 @@ use crate::ops::{self, host_floats};
 pub(super) struct HostPass<'a> {
     /// All new tokens, packed.
     pub tokens: &'a [u32],
-    /// The position of each in its sequence.
-    pub positions: &'a [u32],
     pub spans: &'a [Span<'a>],
     pub adapter: Option<&'a Adapter>,
     /// Of every span: whether the adapter changes it.
@@ -118,28 +114,20 @@ impl Llama {
             (LinearKind::VProj, &mut work.v),
         ];
         linears(block, layer, pass, x, wanted, &mut work.low)?;
-        if let Some((q_norm, k_norm)) = &block.qk_norms {
-            for (heads, norm) in [(&mut work.q, q_norm), (&mut work.k, k_norm)] {
-                let norm = host_floats(norm)?;
-                by_rows(heads, shape.head_dim, |_, head| {
-                    ops::rms_norm_in_place(head, &norm, block.eps as f32)
-                });
-            }
-        }
-        for (heads, width) in [(&mut work.q, shape.q_width()), (&mut work.k, shape.kv_width())] {
-            by_rows(heads, width, |row, heads| {
-                self.rope.turn(heads, pass.positions[row], 1.0)
-            });
-        }
-        let cache = &mut cache.layers[layer];
-        for span in pass.spans {
-            for i in 0..span.rows {
-                let at = (span.row + i) * shape.kv_width()..(span.row + i + 1) * shape.kv_width();
-                cache.write(span.blocks, span.start + i, &work.k[at.clone()], &work.v[at]);
-            }
-        }
+        let norms = block.qk_norms.as_ref();
+        let norms = norms.map(|(q, k)| Ok::<_, ModelError>((host_floats(q)?, host_floats(k)?)));
+        let norms = norms.transpose()?;
         work.mixed.resize(work.q.len(), 0.0);
-        attend(&work.q, cache, pass.spans, shape, &mut work.mixed);
+        let attention = Attention {
+            q: &work.q,
+            k: &work.k,
+            v: &work.v,
+            norms: norms.as_ref().map(|(q, k)| (&**q, &**k)),
+            eps: block.eps as f32,
+            rope: &self.rope,
+            shape,
+        };
+        attend(&attention, &mut cache.layers[layer], pass.spans, &mut work.mixed);
         if layer + 1 == self.blocks.len() {
             // Behind the last layer the head reads each span's last row alone.
             keep_last_rows(&mut work.x, hidden, pass.spans);
@@ -280,17 +268,16 @@ fn normalise(x: &[f32], w: &[f32], eps: f64, out: &mut Vec<f32>) {
     });
 }
 
-/// Calls `f` with the number and the elements of every row, on several threads where that is worth their waking.
+/// Calls `f` with the number and the elements of every row, on several threads where that is worth it.
 pub(super) fn by_rows(data: &mut [f32], width: usize, f: impl Fn(usize, &mut [f32]) + Sync) {
-    /// Elements that a thread takes at once.
-    const AT_ONCE: usize = 1 << 15;
-    if data.len() <= AT_ONCE {
-        return data.chunks_exact_mut(width).enumerate().for_each(|(i, row)| f(i, row));
-    }
-    let rows = AT_ONCE.div_ceil(width);
-    data.par_chunks_mut(rows * width).enumerate().for_each(|(part, data)| {
-        for (i, row) in data.chunks_exact_mut(width).enumerate() {
-            f(part * rows + i, row);
+    /// Elements that a thread takes at once: a microsecond's work, or several.
+    const AT_ONCE: usize = 1 << 12;
+    let (count, at_once) = (data.len() / width.max(1), AT_ONCE.div_ceil(width.max(1)));
+    // SAFETY: each part has rows of its own, and `data` is touched again only when all are done.
+    let data = unsafe { Output::shared(data, width) };
+    each(count.div_ceil(at_once), rayon::current_num_threads(), |part| {
+        for row in part * at_once..((part + 1) * at_once).min(count) {
+            f(row, data.part(row, 0, width));
         }
     });
 }

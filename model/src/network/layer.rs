@@ -1,4 +1,4 @@
-//! A decoder layer of a training pass on the CPU path, forward and backward (`stack.rs` joins them).
+//! A decoder layer of a training pass on the CPU path, forward and backward (`super::stack` joins them).
 //!
 //! It keeps what is dear to compute again: what the linear layers give, and attention's output. Norms, positions, the
 //! activation and attention's weights are computed again in the backward pass, in buffers that go from layer to layer.
@@ -6,7 +6,7 @@
 
 mod backward;
 mod low_rank;
-mod stack;
+mod operation;
 #[cfg(test)]
 mod tests;
 
@@ -16,11 +16,12 @@ use candle_core::{Result, Tensor};
 
 use super::block::Block;
 use super::host::by_rows;
+use super::stack::Layer;
 use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Sequences, attend_packed, multiply};
-use crate::lora::LinearKind;
+use crate::lora::{LinearKind, Terms};
 use crate::ops::{self, RopeTable, host_floats};
-use low_rank::{Forward, LowRank, Terms};
-pub(super) use stack::Training;
+use low_rank::{Forward, LowRank};
+pub(super) use operation::Training;
 
 /// The tokens whose output is read.
 #[derive(Debug, Clone)]
@@ -61,6 +62,58 @@ struct Kept {
     low: Vec<LowRank>,
 }
 
+impl Kept {
+    /// Its buffers.
+    fn into_buffers(self) -> impl Iterator<Item = Vec<f32>> {
+        let Self {
+            q,
+            k,
+            v,
+            mixed,
+            log_sums,
+            middle,
+            gate,
+            up,
+            low,
+        } = self;
+        let low = low.into_iter().map(LowRank::into_low);
+        [q, k, v, mixed, log_sums, middle, gate, up].into_iter().chain(low)
+    }
+}
+
+impl Layer for LayerOp {
+    type Rows = Vec<f32>;
+    type View = [f32];
+    type Kept = Kept;
+
+    fn has_factors(&self) -> bool {
+        !self.terms.is_empty()
+    }
+
+    fn forward(&self, x: &[f32], factors: &[f32], wants_output: bool) -> Result<(Vec<f32>, Kept)> {
+        self.run(x, factors, wants_output)
+    }
+
+    fn backward(
+        &self,
+        x: &[f32],
+        kept: Kept,
+        grad: &[f32],
+        deep: bool,
+        dfactors: &mut [f32],
+    ) -> Result<Option<Vec<f32>>> {
+        self.run_back(x, kept, grad, deep, dfactors)
+    }
+
+    fn give(&self, rows: Vec<f32>) {
+        self.scratch.give([rows]);
+    }
+
+    fn give_kept(&self, kept: Kept) {
+        self.scratch.give(kept.into_buffers());
+    }
+}
+
 impl LayerOp {
     fn width(&self, kind: LinearKind) -> usize {
         self.matrix(kind).shape().0
@@ -73,10 +126,8 @@ impl LayerOp {
         }
     }
 
-    /// Runs the layer; with `wants_output` the result is the layer's output, `[n, hidden]`.
-    ///
-    /// - `x`: `[t, hidden]`; `factors`: those of its terms
-    fn forward(&self, x: &[f32], factors: &[f32], wants_output: bool) -> Result<(Vec<f32>, Kept)> {
+    /// `Layer::forward`.
+    fn run(&self, x: &[f32], factors: &[f32], wants_output: bool) -> Result<(Vec<f32>, Kept)> {
         let (block, scratch) = (&self.block, &self.scratch);
         let mut low = self.terms.forward(factors, self.dropout, scratch);
         let [q, k, v] = self.queries_keys_values(x, &mut low)?;

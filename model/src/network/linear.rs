@@ -89,6 +89,14 @@ impl Weight {
         }
     }
 
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    pub fn plain(&self) -> Option<&Tensor> {
+        match self {
+            Self::Packed(_) => None,
+            Self::Plain(weight) => Some(weight),
+        }
+    }
+
     pub fn packed(&self) -> Option<&Arc<PackedMatrix>> {
         match self {
             Self::Packed(weight) => Some(weight),

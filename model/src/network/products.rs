@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::Llama;
-use crate::cpu::{Output, PackedMatrix, Product, Rows, multiply};
+use crate::cpu::{Output, PackedMatrix, Product, Rows, multiply, read_weights};
 use crate::lora::LinearKind;
 use crate::ops;
 
@@ -25,6 +25,11 @@ pub struct ProductTiming {
     /// Floating-point operations per second that this machine does of the shape, where it is one of a few: the better of the
     /// `gemm` crate (f32) and our kernel on the same operands again and again, so in the caches as far as they hold them.
     pub peak_flops: f64,
+    /// Bytes of the weights of one product.
+    pub weight_bytes: usize,
+    /// Bytes per second at which all threads read all weights of the model, in the order of a step, and do nothing else: no
+    /// cache holds what does not fit, whoever multiplies with it.
+    pub read_rate: f64,
 }
 
 impl ProductTiming {
@@ -36,6 +41,16 @@ impl ProductTiming {
     /// The rate reached as a share of the machine's.
     pub fn share(&self) -> f64 {
         self.flops() / self.peak_flops
+    }
+
+    /// The operations per second that reading the weights leaves room for.
+    pub fn memory_flops(&self) -> f64 {
+        self.work() / (self.weight_bytes as f64 / self.read_rate)
+    }
+
+    /// The rate reached as a share of what both the processor and the memory allow.
+    pub fn share_of_both(&self) -> f64 {
+        self.flops() / self.peak_flops.min(self.memory_flops())
     }
 
     /// Operations of one product: a multiplication and an addition for each weight and row.
@@ -61,8 +76,22 @@ const TRIALS: std::ops::RangeInclusive<usize> = 6..=200;
 impl Llama {
     /// Times the matrix products of one step of `rows` sequences. `None` where the CPU path does not run the model.
     pub fn time_products(&self, rows: usize) -> Option<Vec<ProductTiming>> {
+        // On a thread of the pool, as a step's products run: nobody waits for one to wake.
+        rayon::scope(|_| self.time_products_here(rows))
+    }
+
+    fn time_products_here(&self, rows: usize) -> Option<Vec<ProductTiming>> {
         let layers: Vec<Vec<Vec<&PackedMatrix>>> = self.blocks.iter().map(groups_of).collect::<Option<_>>()?;
         let head = vec![&**self.lm_head.packed()?];
+        let read_rate = read_rate(
+            &layers
+                .iter()
+                .flatten()
+                .chain([&head])
+                .flatten()
+                .copied()
+                .collect::<Vec<_>>(),
+        );
         let mut buffers = Buffers::new(rows, layers.iter().flatten().chain([&head]));
         let mut best = [f64::INFINITY; GROUPS.len() + 1];
         for pass in 0..PASSES {
@@ -88,6 +117,8 @@ impl Llama {
                 rows,
                 seconds,
                 peak_flops: 0.0,
+                weight_bytes: matrices.iter().map(|m| m.bytes()).sum(),
+                read_rate,
             };
             timing.peak_flops = timing.work() / buffers.fastest(matrices, timing.outputs);
             timing
@@ -160,6 +191,19 @@ impl Buffers {
     }
 }
 
+/// Bytes per second of reading `matrices` one after the other, the most of several passes in either of two ways.
+fn read_rate(matrices: &[&PackedMatrix]) -> f64 {
+    let bytes: usize = matrices.iter().map(|m| m.bytes()).sum();
+    let seconds = [true, false].into_iter().flat_map(|ahead| {
+        (0..PASSES).map(move |_| {
+            let began = Instant::now();
+            read_weights(matrices, ahead);
+            began.elapsed().as_secs_f64()
+        })
+    });
+    bytes as f64 / seconds.fold(f64::INFINITY, f64::min)
+}
+
 /// The least of several trials.
 fn least(mut trial: impl FnMut() -> f64) -> f64 {
     let (mut least, mut spent, mut trials) = (f64::INFINITY, 0.0, 0);
@@ -193,12 +237,13 @@ mod tests {
         assert_eq!(shapes, want);
         for t in &timings {
             assert!(t.rows == 3 && t.seconds > 0.0 && t.share() > 0.0, "{t:?}");
+            assert!(t.read_rate > 0.0 && t.share_of_both() >= t.share(), "{t:?}");
         }
         Ok(())
     }
 
     #[test]
-    fn a_share_is_the_rate_reached_of_the_peak() {
+    fn a_share_is_the_rate_reached_of_the_peak_and_of_what_memory_allows() {
         let timing = ProductTiming {
             name: "o",
             outputs: 10,
@@ -207,8 +252,12 @@ mod tests {
             rows: 2,
             seconds: 8.0,
             peak_flops: 200.0,
+            weight_bytes: 200,
+            read_rate: 125.0,
         };
         // 2 · 2 · 10 · 5 = 200 operations a product, 800 in 8 s.
         assert_eq!((timing.flops(), timing.share()), (100.0, 0.5));
+        // Its weights take 1.6 s to read: 125 operations per second, less than the 200 of warm caches.
+        assert_eq!((timing.memory_flops(), timing.share_of_both()), (125.0, 0.8));
     }
 }

@@ -118,8 +118,8 @@ impl<'a> TrainPass<'a> {
     fn hidden(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
         let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)))?;
         let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
-        if self.llama.blocks.iter().all(Block::runs_on_host) {
-            return self.hidden_host(&tokens, positions, &lengths, wanted);
+        if let Some(x) = self.hidden_of_layers(&tokens, &positions, &lengths, wanted)? {
+            return Ok(x);
         }
         let pass = self.pass(&positions, &lengths, self.dropout);
         let Some(checkpoints) = &self.checkpoints else {
@@ -146,43 +146,93 @@ impl<'a> TrainPass<'a> {
         Ok(hidden)
     }
 
-    /// As [`TrainPass::hidden`], a layer at a time on the CPU path. With checkpointing the layers themselves run again.
-    fn hidden_host(
+    /// As [`TrainPass::hidden`], by layers that compute their own gradients, where there are any for this network. With
+    /// checkpointing the layers themselves run again.
+    fn hidden_of_layers(
         &self,
         tokens: &[u32],
-        positions: Arc<[u32]>,
+        positions: &Arc<[u32]>,
         lengths: &[usize],
         wanted: &[u32],
+    ) -> Result<Option<Tensor>, ModelError> {
+        let mut rows = wanted.to_vec();
+        rows.sort_unstable();
+        rows.dedup();
+        let x = match self.run_on_gpu(tokens, positions, lengths, &rows)? {
+            Some(x) => x,
+            None if self.llama.blocks.iter().all(Block::runs_on_host) => {
+                self.run_on_host(tokens, positions, lengths, &rows)?
+            }
+            None => return Ok(None),
+        };
+        if rows == wanted {
+            return Ok(Some(x));
+        }
+        let place = |row| rows.partition_point(|r| r < row) as u32;
+        let order: Vec<u32> = wanted.iter().map(place).collect();
+        Ok(Some(x.index_select(&Tensor::new(order, self.llama.device())?, 0)?))
+    }
+
+    /// The last layer's output at packed `rows`, ascending; `None` where the GPU path does not train this network.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    fn run_on_gpu(
+        &self,
+        tokens: &[u32],
+        positions: &[u32],
+        lengths: &[usize],
+        rows: &[u32],
+    ) -> Result<Option<Tensor>, ModelError> {
+        let llama = self.llama;
+        let frozen = llama.blocks.iter().all(Block::is_frozen);
+        let Some(device) = frozen.then(|| llama.gpu_training.device(llama)).transpose()?.flatten() else {
+            return Ok(None);
+        };
+        let training = crate::gpu::GpuTraining {
+            device,
+            lengths,
+            positions,
+            read: rows,
+            adapter: self.adapter,
+            dropout: self.dropout,
+            checkpointing: self.checkpoints.is_some(),
+        };
+        Ok(Some(training.run(&llama.embed(tokens)?)?))
+    }
+
+    #[cfg(not(any(feature = "cuda", feature = "kernel-emulation")))]
+    #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
+    fn run_on_gpu(&self, _: &[u32], _: &[u32], _: &[usize], _: &[u32]) -> Result<Option<Tensor>, ModelError> {
+        Ok(None)
+    }
+
+    /// The last layer's output at packed `rows`, ascending, on the CPU path.
+    fn run_on_host(
+        &self,
+        tokens: &[u32],
+        positions: &Arc<[u32]>,
+        lengths: &[usize],
+        rows: &[u32],
     ) -> Result<Tensor, ModelError> {
         let all = Read {
             sequences: Arc::new(Sequences::new(lengths)),
             rows: None,
         };
-        let mut rows = wanted.to_vec();
-        rows.sort_unstable();
-        rows.dedup();
         let last = match rows.len() == tokens.len() {
             true => all.clone(),
             false => Read {
-                sequences: Arc::new(Sequences::asked(lengths, &rows)),
-                rows: Some(rows.as_slice().into()),
+                sequences: Arc::new(Sequences::asked(lengths, rows)),
+                rows: Some(rows.into()),
             },
         };
         let training = Training {
-            positions,
+            positions: positions.clone(),
             rope: &self.llama.rope,
             adapter: self.adapter,
             dropout: self.dropout,
             checkpointing: self.checkpoints.is_some(),
             scratch: &self.llama.scratch,
         };
-        let x = training.run(&self.llama.blocks, 0, &self.llama.embed(tokens)?, [&all, &last])?;
-        if rows == wanted {
-            return Ok(x);
-        }
-        let place = |row| rows.partition_point(|r| r < row) as u32;
-        let order: Vec<u32> = wanted.iter().map(place).collect();
-        Ok(x.index_select(&Tensor::new(order, self.llama.device())?, 0)?)
+        Ok(training.run(&self.llama.blocks, 0, &self.llama.embed(tokens)?, [&all, &last])?)
     }
 
     fn pass<'p>(&'p self, positions: &Arc<[u32]>, lengths: &Arc<[usize]>, dropout: Option<&'p Dropout>) -> Pass<'p> {

@@ -7,7 +7,10 @@
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.0, 88.0);
-    let n = (clamped * std::f32::consts::LOG2_E).round_ties_even();
+    // Behind a sum with 1.5 * 2^23 comes no fraction, and its lowest bits are the whole number: no conversion is needed.
+    const WHOLE: f32 = 12_582_912.0;
+    let shifted = clamped * std::f32::consts::LOG2_E + WHOLE;
+    let n = shifted - WHOLE;
     let r = n.mul_add(-0.693_359_4, clamped);
     let r = n.mul_add(2.121_944_4e-4, r);
     let p = 1.987_569_1e-4_f32
@@ -17,7 +20,7 @@ pub(crate) fn exp(x: f32) -> f32 {
         .mul_add(r, 1.666_666_5e-1)
         .mul_add(r, 0.5);
     let y = (p * r).mul_add(r, r) + 1.0;
-    let scale = f32::from_bits((((n as i32) + 127) << 23) as u32);
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
     if x < -87.0 { 0.0 } else { y * scale }
 }
 
@@ -96,6 +99,26 @@ pub(crate) fn softmax(x: &mut [f32]) -> (f32, f32) {
         *v *= inverse;
     }
     (largest, sum)
+}
+
+/// Replaces `x` by its softmax before the division. Returns what is to be divided by.
+#[inline(always)]
+pub(crate) fn exp_all(x: &mut [f32]) -> f32 {
+    let largest = max(x);
+    let mut lanes = [0f32; 8];
+    let (chunks, rest) = x.as_chunks_mut::<8>();
+    for chunk in chunks {
+        for i in 0..8 {
+            chunk[i] = exp(chunk[i] - largest);
+            lanes[i] += chunk[i];
+        }
+    }
+    let mut tail = [0f32; 8];
+    for (tail, x) in tail.iter_mut().zip(rest) {
+        *x = exp(*x - largest);
+        *tail = *x;
+    }
+    add_up(lanes) + add_up(tail)
 }
 
 /// Σ xᵢ, in eight partial sums.

@@ -28,6 +28,15 @@ pub fn model(name: &str) -> Result<Llama> {
     Ok(Llama::new(&config, &Weights::open(&folder, DType::F32, &Device::Cpu)?)?)
 }
 
+/// The network whose training passes take the path that this build tests: the GPU's kernels on their emulator, or the
+/// CPU's own.
+pub fn trained(name: &str) -> Result<Llama> {
+    let llama = model(name)?;
+    #[cfg(feature = "kernel-emulation")]
+    let llama = llama.trained_on_emulator()?;
+    Ok(llama)
+}
+
 /// A `[rows, longest]` tensor of integers, each row cut to its length.
 pub fn cut(tensors: &HashMap<String, Tensor>, name: &str) -> Result<Vec<Vec<i64>>> {
     let lengths = tensor(tensors, "lengths")?.to_vec1::<i64>()?;

@@ -7,7 +7,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use lengthwise_model::{Adapter, Llama, LoraConfig, cross_entropy};
 
-use crate::support::{assert_close, cut, ids, model, tensor, tensors};
+use crate::support::{assert_close, cut, ids, tensor, tensors, trained};
 
 /// The batch of the fixture: rows, packed positions whose logits count, and what they should say.
 struct Batch {
@@ -96,7 +96,7 @@ impl TorchAdamW {
 }
 
 fn check_gradients(prefix: &str) -> Result<()> {
-    let (llama, fixture) = (model("llama")?, tensors("lora_training.safetensors")?);
+    let (llama, fixture) = (trained("llama")?, tensors("lora_training.safetensors")?);
     let batch = Batch::read(&fixture)?;
     let adapter = adapter(&llama, &fixture, prefix)?;
     let loss = batch.loss(&llama, &adapter)?;
@@ -116,7 +116,7 @@ fn check_gradients(prefix: &str) -> Result<()> {
 }
 
 fn check_training(prefix: &str) -> Result<()> {
-    let (llama, fixture) = (model("llama")?, tensors("lora_training.safetensors")?);
+    let (llama, fixture) = (trained("llama")?, tensors("lora_training.safetensors")?);
     let batch = Batch::read(&fixture)?;
     let adapter = adapter(&llama, &fixture, prefix)?;
     let factors = adapter.tensors();

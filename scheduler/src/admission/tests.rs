@@ -3,27 +3,27 @@
 use super::*;
 use proptest::prelude::*;
 
-fn waiting(id: usize, predicted: u32, cache_tokens: usize) -> Waiting {
+fn waiting(item: usize, predicted: u32, cache_tokens: usize) -> Waiting<usize> {
     Waiting {
-        id: id.to_string().into(),
+        item,
         predicted,
         cache_tokens,
     }
 }
 
-fn admitted(order: AdmissionOrder) -> Vec<String> {
+fn admitted(order: AdmissionOrder) -> Vec<usize> {
     let mut queue = AdmissionQueue::new(order, 1000);
     for (i, predicted) in [20, 30, 10, 30].into_iter().enumerate() {
         queue.push(waiting(i, predicted, 1)).expect("fits");
     }
-    std::iter::from_fn(|| queue.admit()).map(|w| w.id.to_string()).collect()
+    std::iter::from_fn(|| queue.admit()).map(|w| w.item).collect()
 }
 
 #[test]
 fn each_order_admits_as_it_is_called() {
-    assert_eq!(admitted(AdmissionOrder::FirstCome), ["0", "1", "2", "3"]);
-    assert_eq!(admitted(AdmissionOrder::ShortestFirst), ["2", "0", "1", "3"]);
-    assert_eq!(admitted(AdmissionOrder::LongestFirst), ["1", "3", "0", "2"]);
+    assert_eq!(admitted(AdmissionOrder::FirstCome), [0, 1, 2, 3]);
+    assert_eq!(admitted(AdmissionOrder::ShortestFirst), [2, 0, 1, 3]);
+    assert_eq!(admitted(AdmissionOrder::LongestFirst), [1, 3, 0, 2]);
 }
 
 #[test]
@@ -43,7 +43,7 @@ fn no_request_is_passed_over_for_ever() {
         queue.push(waiting(1, 1, 1)).expect("fits");
         let next = queue.admit().expect("the budget is free");
         queue.release(next.cache_tokens);
-        if next.id.as_str() == "0" {
+        if next.item == 0 {
             break;
         }
         passed += 1;
@@ -73,11 +73,11 @@ fn smaller_requests_do_not_slip_past_the_one_that_is_next() {
     for (id, tokens) in [(0, 6), (1, 6), (2, 1)] {
         queue.push(waiting(id, 1, tokens)).expect("fits");
     }
-    assert_eq!(queue.admit().expect("fits").id.as_str(), "0");
+    assert_eq!(queue.admit().expect("fits").item, 0);
     assert_eq!(queue.admit(), None);
     queue.release(6);
-    assert_eq!(queue.admit().expect("fits").id.as_str(), "1");
-    assert_eq!(queue.admit().expect("fits").id.as_str(), "2");
+    assert_eq!(queue.admit().expect("fits").item, 1);
+    assert_eq!(queue.admit().expect("fits").item, 2);
 }
 
 proptest! {
@@ -99,7 +99,7 @@ proptest! {
             come_by.resize(first + count, (first + count) as u64);
             let Some(next) = queue.admit() else { continue };
             queue.release(next.cache_tokens);
-            let others = come_by[next.id.as_str().parse::<usize>().expect("a number")] - 1;
+            let others = come_by[next.item] - 1;
             // Overdue at `others + most_overtaken`; what came earlier and still waits is older and goes before.
             prop_assert!(admitted <= 2 * others + most_overtaken);
             admitted += 1;
@@ -124,11 +124,11 @@ proptest! {
             while let Some(next) = queue.admit() {
                 running.push(next);
             }
-            let held: usize = running.iter().map(|w: &Waiting| w.cache_tokens).sum();
+            let held: usize = running.iter().map(|w: &Waiting<usize>| w.cache_tokens).sum();
             prop_assert!(held <= budget && held == queue.held());
             let ended = running.remove(0);
             queue.release(ended.cache_tokens);
-            prop_assert!(done.insert(ended.id), "admitted twice");
+            prop_assert!(done.insert(ended.item), "admitted twice");
         }
         prop_assert!(queue.is_empty());
     }
@@ -141,12 +141,12 @@ thread_local! {
 
 #[test]
 fn an_operation_looks_at_few_of_a_hundred_thousand_requests() {
-    // A node of a B-tree has at most 11 keys, and of 100,000 there are at most 7 nodes above each other; a request is in
-    // two trees. Whatever looked at all of them would compare 100,000 times.
+    // A node of a B-tree has at most 11 keys, and of 100,000 there are at most 7 nodes above each other. An admission looks
+    // a request up and takes it out. Whatever looked at all of them would compare 100,000 times.
     const MOST: u64 = 2 * 11 * 7;
     let mut queue = AdmissionQueue::new(AdmissionOrder::LongestFirst, 16);
     let mut most = 0;
-    let mut count = |operation: &mut dyn FnMut(&mut AdmissionQueue), queue: &mut AdmissionQueue| {
+    let mut count = |operation: &mut dyn FnMut(&mut AdmissionQueue<usize>), queue: &mut AdmissionQueue<usize>| {
         COMPARISONS.with(|c| c.set(0));
         operation(queue);
         most = most.max(COMPARISONS.with(std::cell::Cell::get));
@@ -161,7 +161,7 @@ fn an_operation_looks_at_few_of_a_hundred_thousand_requests() {
     }
     let mut admitted = 0;
     while !queue.is_empty() {
-        let mut admit = |q: &mut AdmissionQueue| {
+        let mut admit = |q: &mut AdmissionQueue<usize>| {
             let next = q.admit().expect("the budget is free");
             q.release(next.cache_tokens);
         };
@@ -192,18 +192,18 @@ fn a_simulation_of_a_hundred_thousand_requests_compares_few_of_them() {
 #[test]
 fn a_cancelled_request_is_not_admitted_and_holds_nothing() {
     let mut queue = AdmissionQueue::new(AdmissionOrder::FirstCome, 10);
-    let places: Vec<Place> = [6, 6, 4]
+    let places: Vec<u64> = [6, 6, 4]
         .into_iter()
         .enumerate()
         .map(|(i, tokens)| queue.push(waiting(i, 1, tokens)).expect("fits"))
         .collect();
-    assert_eq!(queue.admit().expect("fits").id.as_str(), "0");
+    assert_eq!(queue.admit().expect("fits").item, 0);
     assert_eq!(queue.cancel(places[0]), None, "it no longer waits");
-    assert_eq!(queue.cancel(places[1]).expect("it waits").id.as_str(), "1");
+    assert_eq!(queue.cancel(places[1]).expect("it waits").item, 1);
     assert_eq!(queue.cancel(places[1]), None, "it was cancelled before");
     assert_eq!(queue.held(), 6);
     // What it stood in the way of goes on.
-    assert_eq!(queue.admit().expect("fits").id.as_str(), "2");
+    assert_eq!(queue.admit().expect("fits").item, 2);
     assert_eq!((queue.held(), queue.len()), (10, 0));
 }
 
@@ -235,7 +235,7 @@ proptest! {
         ]),
     ) {
         let mut queue = AdmissionQueue { most_overtaken, ..AdmissionQueue::new(order, 150) };
-        let (mut places, mut running) = (Vec::<(usize, Place)>::new(), Vec::<Waiting>::new());
+        let (mut places, mut running) = (Vec::<(usize, u64)>::new(), Vec::<Waiting<usize>>::new());
         let mut come = 0;
         // In the end all that still wait are let in.
         let rest = std::iter::repeat_n([Event::Admit, Event::End { nth: 0 }], 400).flatten();
@@ -248,8 +248,8 @@ proptest! {
                 }
                 Event::Admit => {
                     if let Some(next) = queue.admit() {
-                        let at = places.iter().position(|(id, _)| next.id.as_str() == id.to_string());
-                        prop_assert!(at.is_some(), "{} was cancelled or admitted before", next.id);
+                        let at = places.iter().position(|(item, _)| next.item == *item);
+                        prop_assert!(at.is_some(), "{} was cancelled or admitted before", next.item);
                         places.swap_remove(at.unwrap_or(0));
                         running.push(next);
                     }
@@ -259,9 +259,9 @@ proptest! {
                 Event::End { nth } => queue.release(running.swap_remove(nth % running.len()).cache_tokens),
                 Event::Cancel { .. } if places.is_empty() => {}
                 Event::Cancel { nth } => {
-                    let (id, place) = places.swap_remove(nth % places.len());
+                    let (item, place) = places.swap_remove(nth % places.len());
                     let gone = queue.cancel(place);
-                    prop_assert_eq!(gone.map(|w| w.id.to_string()), Some(id.to_string()));
+                    prop_assert_eq!(gone.map(|w| w.item), Some(item));
                 }
             }
             let held: usize = running.iter().map(|w| w.cache_tokens).sum();

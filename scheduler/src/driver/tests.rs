@@ -163,3 +163,23 @@ fn an_id_that_occurs_twice_is_refused_before_anything_runs() {
     assert!(matches!(result, Err(DriverError::DuplicateId { id }) if id.as_str() == "a"));
     assert!(ran.is_empty());
 }
+
+#[test]
+fn a_cancelled_request_is_computed_of_no_use_and_not_run_again() {
+    // a would have been stopped by its batch; what its batch computed counts, and it is in no later batch.
+    let (stats, ran) = run(&TWO_GROUPS, true, |run| {
+        for (id, outcome) in &mut run.outcomes {
+            if id.as_str() == "a" {
+                *outcome = Outcome::Cancelled;
+            }
+        }
+    });
+    assert_eq!(
+        batches(&ran),
+        [("c a", 20), ("b d", 40), ("c", 100), ("d", 100), ("e", 5)]
+    );
+    let stats = stats.expect("runs");
+    // 2 × 20 + 2 × 40, then c's 10 and d's 50, and e's 5.
+    assert_eq!((stats.requests, stats.failures, stats.slot_steps), (4, 2, 185));
+    assert_eq!(stats.useful_tokens, 20 + 30 + 90 + 5);
+}

@@ -132,6 +132,58 @@ fn no_request_at_all_costs_nothing() {
     }
 }
 
+/// Lengths with a long tail, and predictions of the largest of several samples that are off by about `error` tokens, by
+/// exponential errors to either side.
+fn predicted_with_an_error_of(error: f64, seed: u32) -> Vec<(u32, u32)> {
+    let unit = |i: u32, prime: u32| (f64::from((i * prime + seed * 37) % 256) + 0.5) / 256.0;
+    let one = |i: u32| {
+        let largest = (-130.0 * unit(i, 89).ln()).clamp(2.0, 512.0);
+        let (side, size) = (unit(i, 151) - 0.5, -unit(i, 113).ln());
+        let predicted = (largest + error * size * side.signum()).clamp(1.0, 512.0);
+        let actual = largest * (0.55 + 0.45 * unit(i, 61));
+        (actual.ceil() as u32, predicted.round() as u32)
+    };
+    (0..256).map(one).collect()
+}
+
+#[test]
+fn a_first_group_planned_by_cost_takes_a_fifth_less_time_than_by_the_published_rules() {
+    // Two cores of a CPU, 5 M and 110 M parameters; nothing is known of the predictions before.
+    let models = [(6.9e-4, 8.3e-5, 1.1e-6, 1.3e-4), (2.5e-2, 2.5e-3, 3.5e-6, 1.6e-3)];
+    for (step, row, cached_token, prompt_token) in models {
+        let cost = CostModel {
+            step,
+            row,
+            cached_token,
+            prompt_token,
+        };
+        let machine = Machine {
+            clock: Some(cost),
+            resumes: true,
+            timeline: false,
+        };
+        let planning = Arc::new(Planning {
+            cost,
+            history: Vec::new(),
+            distributions: HashMap::new(),
+        });
+        for (error, seed) in (0..5).flat_map(|seed| [(0.0, seed), (62.0, seed), (120.0, seed)]) {
+            let requests = requests(&predicted_with_an_error_of(error, seed));
+            let seconds = |config: &ScheduleConfig| {
+                let ran = simulate(&requests, config, machine).expect("ids are distinct");
+                ran.seconds
+            };
+            let config = config(Strategy::SeqSch, 16).with(true, true);
+            let published = seconds(&config);
+            let gain = published / seconds(&config.planned_by(Some(planning.clone())));
+            assert!(
+                gain > 1.25,
+                "{gain} times at an error of {error}, seed {seed}, {cost:?}"
+            );
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn every_request_once_and_no_answer_cut(

@@ -83,17 +83,18 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
 ///
 /// # Errors
 /// The folder cannot be written.
-pub fn write_atomic(path: &Path, text: &str) -> Result<(), FileError> {
+pub fn write_atomic(path: &Path, content: impl AsRef<[u8]>) -> Result<(), FileError> {
+    let content = content.as_ref();
     let folder = folder_of(path);
     std::fs::create_dir_all(folder).map_err(io(folder))?;
     if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
         // A rename would put a file in the place of /dev/null or a pipe.
-        return std::fs::write(path, text).map_err(io(path));
+        return std::fs::write(path, content).map_err(io(path));
     }
     let tmp = beside(path, ".tmp");
     let write = || {
         let mut file = File::create(&tmp)?;
-        file.write_all(text.as_bytes())?;
+        file.write_all(content)?;
         file.sync_all()
     };
     let written = write()

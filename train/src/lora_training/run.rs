@@ -48,6 +48,7 @@ pub fn train(
         path: run.output.clone(),
         source,
     })?;
+    let _memory = run.model.network.training_memory();
     let data = Data::new(run, config, examples, eval)?;
     let mut trainer = Trainer::begin(run, config, &data)?;
     while trainer.state.step < trainer.rate.total_steps {

@@ -128,3 +128,52 @@ fn an_example_without_lengths_is_named() -> anyhow::Result<()> {
     assert!(matches!(err, LoraTrainingError::NoLengths { index: 1 }), "{err}");
     Ok(())
 }
+
+/// A killed run on the GPU path's kernels goes on as if it had not been: no sum depends on chance.
+#[cfg(feature = "kernel-emulation")]
+#[test]
+fn emulated_runs_end_in_the_same_bits_resumed_or_not() -> anyhow::Result<()> {
+    let mut model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
+    model.network = std::sync::Arc::new((*model.network).clone().trained_on_emulator()?);
+    let data = examples(Split::Train, 6);
+    let dir = tempfile::tempdir()?;
+    let mut losses = [Vec::new(), Vec::new()];
+    for (which, losses) in ["whole", "killed"].into_iter().zip(&mut losses) {
+        let config = LoraTrainingConfig {
+            batch_size: 2,
+            epochs: 1,
+            save_steps: 1,
+            gradient_checkpointing: true,
+            ..config()
+        };
+        let mut run = TrainRun {
+            model: &model,
+            output: dir.path().join(which),
+            resume: false,
+        };
+        if which == "killed" {
+            let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                train(&run, &config, &data, &[], &mut |progress| {
+                    assert!(progress.point.step < 2, "killed");
+                })
+            }));
+            assert!(killed.is_err());
+            run.resume = true;
+        }
+        train(&run, &config, &data, &[], &mut |progress| {
+            losses.push((
+                progress.point.step,
+                progress.point.loss.to_bits(),
+                progress.point.grad_norm.to_bits(),
+            ));
+        })?;
+    }
+    let [whole, killed] = losses;
+    assert_eq!(whole.len(), 3);
+    assert_eq!(killed, whole[2..], "the step that was killed was saved");
+    for file in ["adapter_model.safetensors", "length_head.safetensors"] {
+        let bytes = |which: &str| std::fs::read(dir.path().join(which).join(file));
+        assert_eq!(bytes("whole")?, bytes("killed")?, "{file}");
+    }
+    Ok(())
+}

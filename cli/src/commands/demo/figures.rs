@@ -1,10 +1,9 @@
 //! The demo's figures of speed.
 
-use lengthwise_decoder::Engine;
+use lengthwise_decoder::{Engine, EngineConfig};
 use lengthwise_model::LoadedModel;
 
 use crate::commands::profile::profile_point;
-use crate::inputs::CacheArgs;
 use crate::report::{ReportData, StepTime, ThroughputPoint};
 
 const BATCH_SIZES: [usize; 5] = [1, 4, 16, 64, 128];
@@ -15,12 +14,7 @@ const STEPS: u32 = 12;
 /// Throughput by batch size, and step time by position.
 pub fn speed(model: &LoadedModel) -> anyhow::Result<ReportData> {
     let eos = model.tokenizer.eos().to_vec();
-    let mut engine = Engine::new(
-        model.network.clone(),
-        None,
-        eos,
-        CacheArgs { kv_cache_tokens: None }.engine(),
-    )?;
+    let mut engine = Engine::new(model.network.clone(), None, eos, EngineConfig::default())?;
     let mut data = ReportData::default();
     for batch_size in BATCH_SIZES {
         let point = profile_point(&mut engine, batch_size, 64, STEPS)?;

@@ -28,6 +28,10 @@ pub struct ProductRow {
     pub peak_gflops: f64,
     /// The one divided by the other.
     pub share: f64,
+    /// The rate that reading the weights leaves room for, at `read_gb_per_s`.
+    pub memory_gflops: f64,
+    /// The rate reached divided by the lower of the two limits.
+    pub share_of_both: f64,
 }
 
 /// A whole step against its products alone.
@@ -50,6 +54,9 @@ pub struct StepRow {
 pub struct Products {
     /// Bytes of the weights that a step multiplies with.
     pub weight_bytes: usize,
+    /// How fast all threads read them in a step's order, if they do nothing else, in 10⁹ bytes per second: the most of all
+    /// batch sizes' measurements.
+    pub read_gb_per_s: f64,
     /// By batch size and shape.
     pub linears: Vec<ProductRow>,
     /// By batch size and context.
@@ -69,6 +76,8 @@ pub fn measure(network: &Llama, points: &[ProfilePoint]) -> Option<Products> {
     for (i, &batch_size) in sizes.iter().enumerate() {
         let timings = network.time_products(batch_size)?;
         let products_ms: f64 = timings.iter().map(|t| t.seconds * 1000.0).sum();
+        let read = timings.first().map_or(0.0, |t| t.read_rate / 1e9);
+        products.read_gb_per_s = products.read_gb_per_s.max(read);
         products.linears.extend(timings.iter().map(row));
         let of_size = points.iter().filter(|p| p.batch_size == batch_size);
         products.steps.extend(of_size.map(|p| StepRow {
@@ -95,6 +104,8 @@ fn row(t: &ProductTiming) -> ProductRow {
         gflops: t.flops() / 1e9,
         peak_gflops: t.peak_flops / 1e9,
         share: t.share(),
+        memory_gflops: t.memory_flops() / 1e9,
+        share_of_both: t.share_of_both(),
     }
 }
 
@@ -102,7 +113,7 @@ impl Products {
     /// Two tables for people.
     pub fn text(&self) -> String {
         let header = vec![
-            "batch", "linear", "outputs", "inputs", "times", "ms", "GFLOP/s", "peak", "share",
+            "batch", "linear", "outputs", "inputs", "times", "ms", "GFLOP/s", "peak", "share", "memory", "of both",
         ];
         let rows = self.linears.iter().map(|r| {
             vec![
@@ -115,6 +126,8 @@ impl Products {
                 format!("{:.1}", r.gflops),
                 format!("{:.1}", r.peak_gflops),
                 format!("{:.0} %", r.share * 100.0),
+                format!("{:.1}", r.memory_gflops),
+                format!("{:.0} %", r.share_of_both * 100.0),
             ]
         });
         let linears = Table {
@@ -134,7 +147,13 @@ impl Products {
             header: vec!["batch", "context", "step ms", "products ms", "ratio"],
             rows: rows.collect(),
         };
-        format!("{}\n{}", linears.text(), steps.text())
+        format!(
+            "{:.1} MB of weights, read at {:.1} GB/s: what `memory` leaves room for. `of both`: of the lower of `peak` and `memory`.\n\n{}\n{}",
+            self.weight_bytes as f64 / 1e6,
+            self.read_gb_per_s,
+            linears.text(),
+            steps.text()
+        )
     }
 }
 
@@ -158,9 +177,11 @@ mod tests {
         let points = [point(1, 32, 3.0), point(1, 64, 6.0), point(4, 32, 9.0)];
         let products = measure(&model.network, &points).expect("it runs on the CPU path");
         assert_eq!((products.linears.len(), products.steps.len()), (10, 3));
+        assert!(products.read_gb_per_s > 0.0);
         for row in &products.linears {
             // A little above 1 where the caches happen to hold the model better than the repeated trial.
             assert!(row.share > 0.0 && row.share < 1.5, "{row:?}");
+            assert!(row.share_of_both >= row.share && row.memory_gflops > 0.0, "{row:?}");
             if row.linear == "gate+up" {
                 let want = (2 * config.intermediate_size, config.hidden_size);
                 assert_eq!((row.outputs, row.inputs), want);

@@ -9,7 +9,7 @@ use crate::ops::AttentionShape;
 /// Query heads of one kv head that the row kernel is compiled for.
 const HEAD_GROUPS: [usize; 5] = [8, 7, 4, 2, 1];
 /// Head sizes that the tile kernel is compiled for.
-const TILE_HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
+pub(super) const TILE_HEAD_DIMS: [usize; 6] = [16, 32, 64, 80, 96, 128];
 /// Queries that one block of the f32 tile kernel takes, and as many keys at once (`TILE` in attend_tiles.cuh).
 const TILE: usize = 32;
 /// Those of the kernel on tensor cores (`MMA_QUERIES` and `MMA_KEYS` in attend_tiles_mma.cuh).

@@ -5,7 +5,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use candle_core::{DType, Result};
 
 use super::GpuCache;
-use crate::gpu::backend::{Address, Gemm};
+use crate::gpu::backend::{Address, Gemm, Side};
 use crate::gpu::inputs::Part;
 use crate::gpu::kernels::{AttendInputs, Kernels, RopeInputs, SingleRows};
 use crate::gpu::weights::{adapter_id, low_rank};
@@ -71,6 +71,7 @@ impl Launches<'_> {
                 out: places.logits,
                 x: places.normed,
                 w: weights.lm_head,
+                side: Side::Transposed,
                 rows: segments,
                 outputs: config.vocab_size,
                 inputs: hidden,

@@ -11,87 +11,74 @@ use crate::ops::{self, host_floats};
 
 /// The factors' gradients as they come about.
 struct Factors<'a> {
-    low: &'a [LowRank],
-    grads: Vec<f32>,
+    low: Vec<LowRank>,
+    grads: &'a mut [f32],
 }
 
 impl LayerOp {
-    /// The gradients of the layer's input, where `deep` asks for it, and of the factors.
-    ///
-    /// - `x`: the layer's input, `[t, hidden]`; `grad`: of its output, `[n, hidden]`
-    pub(super) fn backward(
+    /// `Layer::backward`.
+    pub(super) fn run_back(
         &self,
         x: &[f32],
-        kept: Kept,
+        mut kept: Kept,
         grad: &[f32],
         deep: bool,
-    ) -> Result<(Option<Vec<f32>>, Vec<f32>)> {
+        dfactors: &mut [f32],
+    ) -> Result<Option<Vec<f32>>> {
         let (block, scratch) = (&self.block, &self.scratch);
-        let Kept {
-            q,
-            k,
-            v,
-            mixed,
-            log_sums,
-            middle,
-            gate,
-            up,
-            low,
-        } = kept;
         let mut factors = Factors {
-            low: &low,
-            grads: vec![0f32; self.terms.len()],
+            low: std::mem::take(&mut kept.low),
+            grads: dfactors,
         };
-        let has = |kinds: &[LinearKind]| kinds.iter().any(|&kind| self.terms.has(kind));
-
-        let dnormed = self.feed_forward_backward(&middle, gate, up, grad, &mut factors)?;
+        let dnormed = self.feed_forward_backward(&mut kept, grad, &mut factors)?;
         let mut dmiddle = scratch.copy(grad);
-        self.add_norm_backward(&middle, &block.post_attention_norm, &dnormed, &mut dmiddle)?;
-        scratch.give([dnormed, middle]);
+        self.add_norm_backward(&kept.middle, &block.post_attention_norm, &dnormed, &mut dmiddle)?;
+        scratch.give([dnormed, std::mem::take(&mut kept.middle)]);
 
         // Below attention there may be nothing that is trained.
-        let below = deep || has(&[QProj, KProj, VProj]);
-        let mut dmixed = scratch.take(if below { mixed.len() } else { 0 });
+        let below = deep || self.terms.has_any(&[QProj, KProj, VProj]);
+        let mut dmixed = scratch.take(if below { kept.mixed.len() } else { 0 });
         let to = below.then_some(&mut dmixed[..]);
-        self.through(&[(OProj, &dmiddle)], Some(&mixed), to, &mut factors);
+        self.through(&[(OProj, &dmiddle)], Some(&kept.mixed), to, &mut factors);
         let mut dx = None;
         if below {
-            let (turned_q, turned_k) = (self.turned(QProj, &q)?, self.turned(KProj, &k)?);
-            let of = Attended {
-                q: &turned_q,
-                k: &turned_k,
-                v: &v,
-                out: &mixed,
-                log_sums: &log_sums,
-                grad: &dmixed,
-            };
-            let wanted = |kind, len| (deep || self.terms.has(kind)).then(|| scratch.take(len));
-            let (mut dq, mut dk, mut dv) = (wanted(QProj, q.len()), wanted(KProj, k.len()), wanted(VProj, v.len()));
-            let to = [dq.as_deref_mut(), dk.as_deref_mut(), dv.as_deref_mut()];
-            attend_packed_backward(of, &self.read.sequences, block.shape, to);
-            scratch.give([turned_q, turned_k]);
-            self.turn_back(QProj, &q, dq.as_mut())?;
-            self.turn_back(KProj, &k, dk.as_mut())?;
-            let grads = [dq, dk, dv];
+            let grads = self.attention_backward(&kept, &dmixed, deep)?;
             dx = self.input_backward(x, &grads, &dmiddle, deep, &mut factors)?;
             scratch.give(grads.into_iter().flatten());
         }
-        scratch.give([dmiddle, dmixed, q, k, v, mixed, log_sums]);
-        let grads = factors.grads;
-        scratch.give(low.into_iter().map(LowRank::into_low));
-        Ok((dx, grads))
+        scratch.give([dmiddle, dmixed]);
+        kept.low = factors.low;
+        scratch.give(kept.into_buffers());
+        Ok(dx)
+    }
+
+    /// The gradients of what the linear layers of queries, keys and values gave, where anything wants them.
+    fn attention_backward(&self, kept: &Kept, dmixed: &[f32], deep: bool) -> Result<[Option<Vec<f32>>; 3]> {
+        let scratch = &self.scratch;
+        let (turned_q, turned_k) = (self.turned(QProj, &kept.q)?, self.turned(KProj, &kept.k)?);
+        let of = Attended {
+            q: &turned_q,
+            k: &turned_k,
+            v: &kept.v,
+            out: &kept.mixed,
+            log_sums: &kept.log_sums,
+            grad: dmixed,
+        };
+        let wanted = |kind, like: &[f32]| (deep || self.terms.has(kind)).then(|| scratch.take(like.len()));
+        let mut dq = wanted(QProj, &kept.q);
+        let (mut dk, mut dv) = (wanted(KProj, &kept.k), wanted(VProj, &kept.v));
+        let to = [dq.as_deref_mut(), dk.as_deref_mut(), dv.as_deref_mut()];
+        attend_packed_backward(of, &self.read.sequences, self.block.shape, to);
+        scratch.give([turned_q, turned_k]);
+        self.turn_back(QProj, &kept.q, dq.as_mut())?;
+        self.turn_back(KProj, &kept.k, dk.as_mut())?;
+        Ok([dq, dk, dv])
     }
 
     /// The gradient of the feed-forward layer's normalised input. Gate and up become their own gradients.
-    fn feed_forward_backward(
-        &self,
-        middle: &[f32],
-        mut gate: Vec<f32>,
-        mut up: Vec<f32>,
-        grad: &[f32],
-        factors: &mut Factors,
-    ) -> Result<Vec<f32>> {
-        let scratch = &self.scratch;
+    fn feed_forward_backward(&self, kept: &mut Kept, grad: &[f32], factors: &mut Factors) -> Result<Vec<f32>> {
+        let (scratch, middle) = (&self.scratch, &kept.middle);
+        let (mut gate, mut up) = (std::mem::take(&mut kept.gate), std::mem::take(&mut kept.up));
         let active = self.terms.has(DownProj).then(|| self.active(&gate, &up));
         let mut dactive = scratch.take(gate.len());
         self.through(&[(DownProj, grad)], active.as_deref(), Some(&mut dactive), factors);
@@ -103,8 +90,7 @@ impl LayerOp {
             .zip(dactive.par_chunks(AT_ONCE))
             .for_each(|((gate, up), grad)| ops::swiglu_grad_in_place(gate, up, grad));
         scratch.give([dactive]);
-        let wants_input = self.terms.has(GateProj) || self.terms.has(UpProj);
-        let normed = match wants_input {
+        let normed = match self.terms.has_any(&[GateProj, UpProj]) {
             true => Some(self.normed(middle, &self.block.post_attention_norm)?),
             false => None,
         };
@@ -126,7 +112,7 @@ impl LayerOp {
     ) -> Result<Option<Vec<f32>>> {
         let (scratch, norm) = (&self.scratch, &self.block.input_norm);
         let hidden = self.width(DownProj);
-        let normed = match [QProj, KProj, VProj].iter().any(|&kind| self.terms.has(kind)) {
+        let normed = match self.terms.has_any(&[QProj, KProj, VProj]) {
             true => Some(self.normed(x, norm)?),
             false => None,
         };
@@ -183,7 +169,7 @@ impl LayerOp {
             if let (Some(low), Some(input)) = (low, input) {
                 let dx = dx.as_deref_mut();
                 self.terms
-                    .backward(low, (input, grad), &mut factors.grads, dx, &self.scratch);
+                    .backward(low, (input, grad), factors.grads, dx, &self.scratch);
             }
         }
     }
@@ -213,23 +199,6 @@ impl LayerOp {
             self.scratch.give([std::mem::replace(grad, below)]);
         }
         Ok(())
-    }
-
-    /// Gives the buffers of a pass that needs no backward pass back.
-    pub(super) fn give(&self, kept: Kept) {
-        let Kept {
-            q,
-            k,
-            v,
-            mixed,
-            log_sums,
-            middle,
-            gate,
-            up,
-            low,
-        } = kept;
-        self.scratch.give([q, k, v, mixed, log_sums, middle, gate, up]);
-        self.scratch.give(low.into_iter().map(LowRank::into_low));
     }
 }
 

@@ -2,86 +2,30 @@
 
 use std::borrow::Cow;
 
-use candle_core::{Result, Tensor};
-
 use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Turned, multiply, multiply_turned, outer};
-use crate::lora::{Adapter, Dropout, LinearKind, Mask};
-
-/// Which linear layers of a block have a term, and where its factors lie in the one tensor of all.
-#[derive(Debug, Default)]
-pub(super) struct Terms {
-    terms: Vec<Term>,
-    scale: f32,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Term {
-    kind: LinearKind,
-    rank: usize,
-    inputs: usize,
-    outputs: usize,
-    /// Where A begins; B follows it.
-    start: usize,
-}
-
-impl Term {
-    fn a(&self) -> std::ops::Range<usize> {
-        self.start..self.start + self.rank * self.inputs
-    }
-
-    fn b(&self) -> std::ops::Range<usize> {
-        self.a().end..self.a().end + self.outputs * self.rank
-    }
-}
+use crate::lora::{Dropout, LinearKind, Mask, Term, Terms};
 
 impl Terms {
-    /// The terms of a layer, and their factors, flat, in the order in which they lie one behind the other.
-    pub fn of(adapter: Option<&Adapter>, layer: usize) -> Result<(Self, Vec<Tensor>)> {
-        let (mut terms, mut factors, mut start) = (Vec::new(), Vec::new(), 0);
-        for kind in LinearKind::ALL {
-            let Some(pair) = adapter.and_then(|a| a.pair(layer, kind)) else {
-                continue;
-            };
-            let ((rank, inputs), (outputs, _)) = (pair.a.dims2()?, pair.b.dims2()?);
-            let term = Term {
-                kind,
-                rank,
-                inputs,
-                outputs,
-                start,
-            };
-            start = term.b().end;
-            terms.push(term);
-            factors.extend([pair.a.flatten_all()?, pair.b.flatten_all()?]);
-        }
-        let scale = adapter.map_or(0.0, |a| a.config().scale() as f32);
-        Ok((Self { terms, scale }, factors))
-    }
-
-    pub fn has(&self, kind: LinearKind) -> bool {
-        self.terms.iter().any(|t| t.kind == kind)
-    }
-
-    /// Elements of all factors.
-    pub fn len(&self) -> usize {
-        self.terms.last().map_or(0, |t| t.b().end)
-    }
-
     /// A forward pass through the terms.
-    pub fn forward<'a>(&'a self, factors: &'a [f32], dropout: Option<(f64, u64)>, scratch: &'a Scratch) -> Forward<'a> {
+    pub(super) fn forward<'a>(
+        &'a self,
+        factors: &'a [f32],
+        dropout: Option<(f64, u64)>,
+        scratch: &'a Scratch,
+    ) -> Forward<'a> {
         Forward {
             terms: self,
             factors,
             dropout: dropout.map(|(probability, seed)| Dropout::new(probability, seed)),
             scratch,
-            done: Vec::with_capacity(self.terms.len()),
+            done: Vec::new(),
         }
     }
 
     /// Writes the gradients of a term's factors into `dfactors`, and adds its part to the gradient of its input.
     ///
     /// - `input`: `[t, inputs]`; `grad`: `[t, outputs]`
-    pub fn backward(
+    pub(super) fn backward(
         &self,
         low: &LowRank,
         (input, grad): (&[f32], &[f32]),
@@ -156,7 +100,7 @@ pub(super) struct Forward<'a> {
 impl Forward<'_> {
     /// `out += scale * B A x`, where the adapter changes this linear layer.
     pub fn add(&mut self, kind: LinearKind, x: &[f32], out: &mut [f32]) {
-        let Some(term) = self.terms.terms.iter().find(|t| t.kind == kind) else {
+        let Some(term) = self.terms.get(kind) else {
             return;
         };
         let a = PackedMatrix::pack(&self.factors[term.a()], term.rank, term.inputs);
@@ -170,13 +114,7 @@ impl Forward<'_> {
         if let Cow::Owned(dropped) = dropped {
             self.scratch.give([dropped]);
         }
-        self.done.push(LowRank {
-            term: *term,
-            a,
-            b,
-            low,
-            mask,
-        });
+        self.done.push(LowRank { term, a, b, low, mask });
     }
 
     pub fn finish(self) -> Vec<LowRank> {

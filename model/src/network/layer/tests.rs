@@ -5,12 +5,11 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 
 use super::{Read, Training};
+use crate::ModelConfig;
 use crate::cpu::{Scratch, Sequences};
-use crate::lora::{Adapter, Dropout};
-use crate::network::Llama;
+use crate::lora::Dropout;
 use crate::network::pass::{Attention, Pass};
 use crate::ops::testing::{assert_close, random};
-use crate::{LoraConfig, ModelConfig};
 
 /// Lengths and positions of the packed sequences.
 const LENGTHS: [usize; 3] = [21, 1, 7];
@@ -38,7 +37,7 @@ impl Case {
     /// Output and every gradient are those of `Block::forward`.
     fn check(&self) -> anyhow::Result<()> {
         let llama = crate::testing::network(&self.config)?;
-        let adapter = adapter(&llama, self.modules)?;
+        let adapter = crate::testing::adapter_of(&llama, self.modules)?;
         let input = Var::from_tensor(&random(&[29, self.config.hidden_size], 7)?)?;
         let positions: Arc<[u32]> = LENGTHS.iter().flat_map(|&n| 0..n as u32).collect();
         let block = &llama.blocks[0];
@@ -109,21 +108,6 @@ impl Case {
         }
         Ok(())
     }
-}
-
-fn adapter(llama: &Llama, modules: &str) -> anyhow::Result<Adapter> {
-    let config = LoraConfig {
-        target_modules: modules.parse().map_err(anyhow::Error::msg)?,
-        ..LoraConfig::default()
-    };
-    let adapter = Adapter::init(llama.config(), config, 5, &Device::Cpu)?;
-    // B is zero at the start: give it values, or nothing reaches A.
-    for (name, factor) in adapter.tensors() {
-        if name.contains("lora_B") {
-            factor.slice_set(&(random(factor.dims(), name.len() as u64)? * 0.2)?, 0, 0)?;
-        }
-    }
-    Ok(adapter)
 }
 
 #[test]

@@ -1,0 +1,67 @@
+//! What `bench` schedules by: known lengths, disturbed ones, a file, or a predictor.
+
+use anyhow::Context;
+use lengthwise_core::{LengthEstimate, LengthPredictor, RequestId};
+use lengthwise_model::LoadedModel;
+use lengthwise_scheduler::Strategy;
+
+use super::BenchArgs;
+use super::workload::Workload;
+use crate::args::Global;
+use crate::predictions::{ask, disturb, from_file, numbers, predictor_for};
+
+/// The predictor that one strategy asks; none where its predictions are known. Opened before the clock runs.
+pub fn predictor(
+    args: &BenchArgs,
+    model: &LoadedModel,
+    workload: &Workload,
+    strategy: Strategy,
+) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
+    let source = &args.predictions;
+    let asks = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
+    let known = match strategy {
+        Strategy::Vanilla => true,
+        Strategy::Oracle if workload.largest.is_some() => true,
+        Strategy::SeqSch | Strategy::Continuous if args.noise_mae.is_some() => true,
+        _ => source.predictions.is_some() || !asks && args.replay.is_some(),
+    };
+    match known || workload.prompts.is_none() {
+        true => Ok(None),
+        false => predictor_for(strategy, source, model, args.schedule.max_new_tokens),
+    }
+}
+
+/// The predictions of one strategy; the time they take counts as its own.
+pub fn predict(
+    global: &Global,
+    args: &BenchArgs,
+    predictor: Option<&mut Box<dyn LengthPredictor>>,
+    workload: &Workload,
+    strategy: Strategy,
+) -> anyhow::Result<Vec<LengthEstimate>> {
+    let cap = args.schedule.max_new_tokens;
+    let known = workload.largest.as_ref();
+    let at_cap = || numbers(vec![cap; workload.sequences.len()]);
+    if let (Some(predictor), Some(prompts)) = (predictor, &workload.prompts) {
+        return ask(predictor.as_mut(), prompts, cap);
+    }
+    match (strategy, args.noise_mae) {
+        (Strategy::Vanilla, _) => return Ok(at_cap()),
+        (Strategy::Oracle, _) if known.is_some() => return Ok(numbers(known.cloned().unwrap_or_default())),
+        (Strategy::SeqSch | Strategy::Continuous, Some(mae)) => {
+            let known = known.context("--noise-mae disturbs true lengths: give --lengths or --replay")?;
+            return Ok(numbers(disturb(known, mae, cap, global.seed)));
+        }
+        _ => {}
+    }
+    if let Some(path) = &args.predictions.predictions {
+        let ids: Vec<RequestId> = workload.sequences.iter().map(|s| s.id.clone()).collect();
+        return from_file(path, &ids);
+    }
+    let asks = args.predictions.predictor.is_some() || args.predictions.adapter.is_some() || strategy == Strategy::Po;
+    match asks || args.replay.is_none() {
+        // Prompts of random tokens say nothing that could be asked about.
+        true => Ok(at_cap()),
+        false => Ok(numbers(known.cloned().context("--replay has no lengths")?)),
+    }
+}

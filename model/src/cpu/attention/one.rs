@@ -1,0 +1,184 @@
+//! A decode step's attention: one query per head.
+
+use std::ops::Range;
+
+use super::{Scratch, Span, Step, weigh};
+use crate::cpu::instructions::Kernel;
+use crate::cpu::panel::{LANES, Lane, Output, Rows, prefetch, tile_of};
+use crate::cpu::registers::Vector;
+
+/// Blocks that are asked for before they are needed: a sequence's blocks lie scattered, so that the processor does not
+/// guess the next.
+const AHEAD: usize = 1;
+
+/// The only new token of `span`, for some key and value heads. Block by block and within a block head by head, which is how
+/// they lie.
+pub(super) struct One<'a> {
+    pub step: &'a Step<'a>,
+    pub span: &'a Span<'a>,
+    pub heads: Range<usize>,
+    pub scratch: &'a mut Scratch,
+}
+
+impl Kernel for One<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self {
+            step,
+            span,
+            heads,
+            scratch,
+        } = self;
+        let shape = step.attention.shape;
+        let (d, group) = (shape.head_dim, shape.heads / shape.kv_heads);
+        let (rows, first) = (heads.len() * group, heads.start * group);
+        let end = span.start + 1;
+        let begin = shape.first_visible(span.start) / LANES * LANES;
+        let blocks = &span.blocks[begin / LANES..end.div_ceil(LANES)];
+        let width = blocks.len() * LANES;
+
+        scratch.q.resize(rows * d, 0.0);
+        for (r, q) in scratch.q.chunks_exact_mut(d).enumerate() {
+            step.query(span.row, span.start, first + r, q);
+        }
+        scratch.scores.resize(rows * width, 0.0);
+        step.scores::<V>(blocks, (heads.start, heads.len()), &scratch.q, &mut scratch.scores);
+        scratch.inverses.clear();
+        for scores in scratch.scores.chunks_exact_mut(width) {
+            let seen = shape.first_visible(span.start) - begin..end - begin;
+            scratch.inverses.push(weigh(scores, seen));
+        }
+        step.mixtures::<V>(blocks, (heads.start, heads.len()), end - begin, scratch);
+        let lanes = d.div_ceil(LANES) * LANES;
+        for (r, inverse) in scratch.inverses.iter().enumerate() {
+            let out = step.out.part(span.row, (first + r) * d, d);
+            for (out, sum) in out.iter_mut().zip(&scratch.sums[r * lanes..]) {
+                *out = sum * inverse;
+            }
+        }
+    }
+}
+
+impl Step<'_> {
+    /// - `q`: `[heads * group, head_dim]`
+    /// - `scores`: `[heads * group, blocks * 16]`
+    #[inline(always)]
+    fn scores<V: Vector>(&self, blocks: &[u32], (head, heads): (usize, usize), q: &[f32], scores: &mut [f32]) {
+        let group = self.attention.shape.heads / self.attention.shape.kv_heads;
+        let (d, width) = (self.attention.shape.head_dim, blocks.len() * LANES);
+        // SAFETY: this thread's own, and read only when the products are done.
+        let out = unsafe { Output::shared(scores, width) };
+        for (b, &block) in blocks.iter().enumerate() {
+            if let Some(&next) = blocks.get(b + AHEAD) {
+                (0..heads).for_each(|h| prefetch(self.cache.keys(next, head + h)));
+            }
+            if group > 1 {
+                for h in 0..heads {
+                    let keys = self.cache.keys(block, head + h);
+                    for r in (h * group..(h + 1) * group).step_by(V::ROWS) {
+                        let count = ((h + 1) * group - r).min(V::ROWS);
+                        let q = Rows { data: q, stride: d }.from(r);
+                        tile_of::<V, Lane, 1>(q, count, ([keys], d), &out, (r, b * LANES), false, &[]);
+                    }
+                }
+                continue;
+            }
+            let mut h = 0;
+            while h < heads {
+                h += match heads - h {
+                    1 => self.dots::<V, 1>(block, (head, h), q, &out, b),
+                    2 => self.dots::<V, 2>(block, (head, h), q, &out, b),
+                    3 => self.dots::<V, 3>(block, (head, h), q, &out, b),
+                    _ => self.dots::<V, 4>(block, (head, h), q, &out, b),
+                };
+            }
+        }
+    }
+
+    /// The values of `tokens` tokens weighted by the scores.
+    #[inline(always)]
+    fn mixtures<V: Vector>(&self, blocks: &[u32], (head, heads): (usize, usize), tokens: usize, scratch: &mut Scratch) {
+        let shape = self.attention.shape;
+        let (group, width) = (shape.heads / shape.kv_heads, blocks.len() * LANES);
+        let lanes = shape.head_dim.div_ceil(LANES) * LANES;
+        scratch.sums.clear();
+        scratch.sums.resize(heads * group * lanes, 0.0);
+        for (b, &block) in blocks.iter().enumerate() {
+            // No further than the last token: what lies behind it belongs to nobody.
+            let tokens = (tokens - b * LANES).min(LANES);
+            for h in 0..heads {
+                if let Some(&next) = blocks.get(b + AHEAD) {
+                    prefetch(self.cache.values(next, head + h));
+                }
+                let values = self.cache.values(block, head + h);
+                for r in h * group..(h + 1) * group {
+                    let weights = &scratch.scores[r * width + b * LANES..][..tokens];
+                    mix::<V>(weights, values, &mut scratch.sums[r * lanes..][..lanes]);
+                }
+            }
+        }
+    }
+
+    /// One block's scores of `N` heads with a query each, side by side: one head's sums would wait for each other.
+    #[inline(always)]
+    fn dots<V: Vector, const N: usize>(
+        &self,
+        block: u32,
+        (head, h): (usize, usize),
+        q: &[f32],
+        out: &Output,
+        b: usize,
+    ) -> usize {
+        let d = self.attention.shape.head_dim;
+        let keys: [&[Lane]; N] = std::array::from_fn(|i| self.cache.keys(block, head + h + i));
+        let q: [&[f32]; N] = std::array::from_fn(|i| &q[(h + i) * d..][..d]);
+        let mut sums = [V::zero(); N];
+        for i in 0..d {
+            for n in 0..N {
+                sums[n] = sums[n].plus(q[n][i], V::load(&keys[n][i].0));
+            }
+        }
+        for (n, sum) in sums.into_iter().enumerate() {
+            if let Some(to) = out.part(h + n, b * LANES, LANES).first_chunk_mut() {
+                sum.store(to);
+            }
+        }
+        N
+    }
+}
+
+/// `sums += Σ weights[t] values[t]`, over the tokens of a block.
+///
+/// - `values`: `[head_dim / 16][16 tokens, 16]`
+/// - `sums`: `[head_dim / 16, 16]`
+#[inline(always)]
+fn mix<V: Vector>(weights: &[f32], values: &[Lane], sums: &mut [f32]) {
+    let mut rest = (values, sums);
+    while !rest.1.is_empty() {
+        let panels = (rest.1.len() / LANES).min(4);
+        let (values, behind) = rest.0.split_at(panels * LANES);
+        let (sums, sums_behind) = rest.1.split_at_mut(panels * LANES);
+        match panels {
+            1 => mix_panels::<V, 1>(weights, values, sums),
+            2 => mix_panels::<V, 2>(weights, values, sums),
+            3 => mix_panels::<V, 3>(weights, values, sums),
+            _ => mix_panels::<V, 4>(weights, values, sums),
+        }
+        rest = (behind, sums_behind);
+    }
+}
+
+#[inline(always)]
+fn mix_panels<V: Vector, const P: usize>(weights: &[f32], values: &[Lane], sums: &mut [f32]) {
+    let (sums, _) = sums.as_chunks_mut::<LANES>();
+    let panels: [&[Lane]; P] = std::array::from_fn(|p| &values[p * LANES..][..LANES]);
+    let mut mixed: [V; P] = std::array::from_fn(|p| V::load(&sums[p]));
+    for (t, weight) in weights.iter().enumerate().take(LANES) {
+        for p in 0..P {
+            mixed[p] = mixed[p].plus(*weight, V::load(&panels[p][t].0));
+        }
+    }
+    for (sum, mixed) in sums.iter_mut().zip(mixed) {
+        mixed.store(sum);
+    }
+}

@@ -1,0 +1,148 @@
+//! What the layers of one pass read besides activations and weights: where the sequences lie, and what is read of them.
+
+use candle_core::{DType, Result};
+
+use super::NO_ROW;
+use crate::gpu::Gpu;
+use crate::gpu::backend::{Address, Buffer};
+use crate::gpu::kernels::{Tiles, packed_tile};
+
+/// The inputs of one pass on the device.
+pub(crate) struct PassInputs {
+    _memory: Buffer,
+    /// `[tokens]`: positions in the sequences.
+    pub positions: Address,
+    pub tokens: usize,
+    /// Of a layer whose every row is read, and of the last.
+    pub all: Reading,
+    pub last: Reading,
+}
+
+/// The rows that are read of a layer.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Reading {
+    pub queries: usize,
+    /// `[queries]`: their packed rows, and for each packed row its place among them; 0 where all are read.
+    pub rows: Address,
+    pub places: Address,
+    /// `[queries]`: their positions.
+    pub positions: Address,
+    pub query_tiles: Tiles,
+    pub key_tiles: Tiles,
+}
+
+impl PassInputs {
+    /// - `lengths`: tokens of each sequence; `read`: packed rows that are read of the last layer, ascending
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn new(gpu: &Gpu, dtype: DType, lengths: &[usize], positions: &[u32], read: &[u32]) -> Result<Self> {
+        let (tokens, tile) = (positions.len(), packed_tile(dtype));
+        let every: Vec<u32> = (0..tokens as u32).collect();
+        let mut words = Words::default();
+        let at = words.push(positions);
+        let all = words.reading(tile, lengths, positions, &every);
+        let last = match read.len() == tokens {
+            true => all,
+            false => words.reading(tile, lengths, positions, read),
+        };
+        let memory = gpu.alloc(4 * words.0.len())?;
+        // SAFETY: the memory was just made for these words.
+        unsafe { gpu.upload(memory.address(), &words.0)? };
+        let base = memory.address();
+        Ok(Self {
+            positions: base + at,
+            tokens,
+            all: all.moved(base),
+            last: last.moved(base),
+            _memory: memory,
+        })
+    }
+}
+
+impl Reading {
+    fn moved(self, base: Address) -> Self {
+        let moved = |at: Address| if at == 0 { 0 } else { at + base };
+        let tiles = |tiles: Tiles| Tiles {
+            words: tiles.words + base,
+            ..tiles
+        };
+        Self {
+            rows: moved(self.rows),
+            places: moved(self.places),
+            positions: self.positions + base,
+            query_tiles: tiles(self.query_tiles),
+            key_tiles: tiles(self.key_tiles),
+            ..self
+        }
+    }
+}
+
+/// All inputs one behind the other. The positions of all tokens come first, so that no other lies at 0.
+#[derive(Default)]
+struct Words(Vec<u32>);
+
+impl Words {
+    /// Bytes from the start to where the words lie.
+    fn push(&mut self, words: &[u32]) -> Address {
+        let at = 4 * self.0.len();
+        self.0.extend_from_slice(words);
+        at as Address
+    }
+
+    fn reading(&mut self, tile: usize, lengths: &[usize], positions: &[u32], read: &[u32]) -> Reading {
+        let every = read.len() == positions.len();
+        let asking: Vec<u32> = read.iter().map(|&row| positions[row as usize]).collect();
+        let mut places = vec![NO_ROW; positions.len()];
+        for (place, &row) in read.iter().enumerate() {
+            places[row as usize] = place as u32;
+        }
+        let (query_words, key_words) = tiles(tile, lengths, read);
+        let mut tiles = |words: Vec<u32>| Tiles {
+            count: words.len() / 4,
+            words: self.push(&words),
+        };
+        let (query_tiles, key_tiles) = (tiles(query_words), tiles(key_words));
+        Reading {
+            queries: read.len(),
+            rows: if every { 0 } else { self.push(read) },
+            places: if every { 0 } else { self.push(&places) },
+            positions: self.push(&asking),
+            query_tiles,
+            key_tiles,
+        }
+    }
+}
+
+/// Tiles of `tile` queries and of `tile` keys, as `training_attention.cuh` describes them. A tile of keys names the queries from its own
+/// first position on; which of those see which key, the kernel asks the positions.
+fn tiles(tile: usize, lengths: &[usize], read: &[u32]) -> (Vec<u32>, Vec<u32>) {
+    let (mut queries, mut keys, mut row) = (Vec::new(), Vec::new(), 0);
+    for &length in lengths {
+        let place = |row: usize| read.partition_point(|&r| (r as usize) < row);
+        let (begin, end) = (place(row), place(row + length));
+        for first in (begin..end).step_by(tile) {
+            let count = tile.min(end - first);
+            queries.extend([first, count, row, 0].map(|word| word as u32));
+        }
+        for first in (0..length).step_by(tile) {
+            let count = tile.min(length - first);
+            keys.extend([row + first, count, place(row + first), end].map(|word| word as u32));
+        }
+        row += length;
+    }
+    (queries, keys)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_stay_within_a_sequence_and_keys_know_who_may_see_them() {
+        // Sequences of 40, 0 and 3 tokens; rows 1, 33, 39, 42 are read.
+        let (queries, keys) = tiles(32, &[40, 0, 3], &[1, 33, 39, 42]);
+        assert_eq!(queries, [0, 3, 0, 0, 3, 1, 40, 0]);
+        assert_eq!(keys, [0, 32, 0, 3, 32, 8, 1, 3, 40, 3, 3, 4]);
+    }
+}

@@ -1,0 +1,103 @@
+//! `generate` is asked to end by a signal, and goes on with the same command.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::support::{Folder, binary, succeed, workspace};
+
+/// Starts the binary and sends it the signals one after the other as soon as `ready` holds.
+fn signal_when(args: &[&str], signals: &[&str], ready: impl Fn() -> bool) -> Result<Output> {
+    let mut child = Command::new(binary()?)
+        .current_dir(workspace())
+        .env_remove("RUST_LOG")
+        .args(args)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let began = Instant::now();
+    while !ready() {
+        if let Some(status) = child.try_wait()? {
+            bail!("it ended ({status}) before it could be sent a signal");
+        }
+        ensure!(began.elapsed() < Duration::from_secs(120), "it never became ready");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    for signal in signals {
+        let sent = Command::new("kill").args([signal, child.id().to_string().as_str()]).status()?;
+        ensure!(sent.success(), "kill {signal} failed");
+    }
+    Ok(child.wait_with_output()?)
+}
+
+fn lines(path: &Path) -> usize {
+    fs::read_to_string(path).map_or(0, |text| text.lines().count())
+}
+
+/// Runs `generate` undisturbed, then stopped by `signals` and run again: the answers must be the same bytes.
+fn stops_and_goes_on(flags: &[&str], signals: &[&str]) -> Result<String> {
+    let folder = Folder::new(150)?;
+    let (input, whole, stopped) = (
+        folder.text("in.jsonl"),
+        folder.text("whole.jsonl"),
+        folder.text("out.jsonl"),
+    );
+    let args = |output: &str| -> Vec<String> {
+        let mut args: Vec<String> = ["generate", "-q", "--batch-size", "4", "--temperature", "0.7"]
+            .map(str::to_owned)
+            .to_vec();
+        args.extend(["--input", &input, "--output", output].map(str::to_owned));
+        args.extend(flags.iter().map(|flag| (*flag).to_owned()));
+        args
+    };
+    let (undisturbed, again) = (args(&whole), args(&stopped));
+    succeed(&undisturbed.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let again: Vec<&str> = again.iter().map(String::as_str).collect();
+    let journal = folder.path("out.jsonl.partial");
+    // The first line is the settings'.
+    let output = signal_when(&again, signals, || lines(&journal) > 8)?;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    ensure!(
+        !folder.path("out.jsonl").exists(),
+        "it was stopped too late to mean anything"
+    );
+    let kept = lines(&journal) - 1;
+    ensure!((8..150).contains(&kept), "{kept} answers were kept");
+    let journal = fs::read_to_string(&journal)?;
+    assert!(!journal.contains("cancelled"), "what was cut short is no answer");
+    succeed(&again)?;
+    assert_eq!(folder.read("out.jsonl")?, folder.read("whole.jsonl")?);
+    let said = String::from_utf8(output.stderr).context("it speaks UTF-8")?;
+    Ok(said.replace(&kept.to_string(), "KEPT"))
+}
+
+#[test]
+fn ctrl_c_ends_continuous_batching_in_good_order() -> Result<()> {
+    let said = stops_and_goes_on(&["--strategy", "continuous"], &["-INT"])?;
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert!(
+        said.starts_with("error: stopped: KEPT of 150 answers for ")
+            && said
+                .trim_end()
+                .ends_with("out.jsonl are kept; the same command goes on from there"),
+        "{said}"
+    );
+    Ok(())
+}
+
+#[test]
+fn sigterm_ends_static_batches_in_good_order() -> Result<()> {
+    let said = stops_and_goes_on(&["--strategy", "vanilla"], &["-TERM"])?;
+    assert!(said.starts_with("error: stopped: KEPT of 150 answers"), "{said}");
+    Ok(())
+}
+
+#[test]
+fn two_signals_end_it_at_once_and_lose_nothing_that_has_ended() -> Result<()> {
+    stops_and_goes_on(&["--strategy", "continuous"], &["-TERM", "-INT"])?;
+    Ok(())
+}
