@@ -1,28 +1,28 @@
 //! A real GPU behind the device's interface: cudarc's driver and cuBLAS in candle's stream.
 
+mod copies;
+mod module;
+
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::ffi::c_void;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result as blas, sys as blas_sys};
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaEvent, CudaFunction, CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, PinnedHostSlice, result, sys,
-};
-use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
+use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Error, Result, bail};
 
 use super::backend::{Address, Gemm, Launch, Side};
-
-/// All kernels, compiled by the build script.
-const KERNELS: &str = include_str!(concat!(env!("OUT_DIR"), "/kernels.ptx"));
+use copies::Copies;
+pub(crate) use copies::CudaCopy;
+use module::Function;
 
 /// cuBLAS' own memory: what it asks for on Hopper, twice what it needs elsewhere. Its default is taken at the first product,
 /// which a recording does not allow.
-const BLAS_WORKSPACE: usize = 32 << 20;
+pub(crate) const BLAS_WORKSPACE: usize = 32 << 20;
 
-/// Graphs that are kept; a decoder's batch sizes are far fewer.
+/// Graphs that are kept; most passes have one of a few batch sizes.
 const MOST_GRAPHS: usize = 256;
 
 /// A GPU's stream with our kernels.
@@ -32,54 +32,13 @@ pub(crate) struct CudaGpu {
     /// Held for as long as `blas`.
     _blas_workspace: CudaSlice<u8>,
     module: Arc<CudaModule>,
-    functions: RefCell<HashMap<String, CudaFunction>>,
-    /// Page-locked memory that no copy is on its way to.
-    spare: Spare,
+    functions: RefCell<HashMap<String, Function>>,
+    copies: RefCell<Copies>,
     graphs: RefCell<HashMap<u64, Graph>>,
     /// Keys that were launched once: the next time they are recorded.
     warm: RefCell<HashSet<u64>>,
     /// A recording failed.
     unrecordable: Cell<bool>,
-}
-
-/// Words on their way to page-locked memory: a copy to any other would wait for the stream.
-pub(crate) struct CudaCopy {
-    /// There until the copy is dropped.
-    words: Option<PinnedHostSlice<u32>>,
-    arrived: CudaEvent,
-    count: usize,
-    /// Where the memory is kept for the next copy.
-    spare: Spare,
-}
-
-type Spare = Arc<Mutex<Vec<PinnedHostSlice<u32>>>>;
-
-impl std::fmt::Debug for CudaCopy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CudaCopy")
-            .field("count", &self.count)
-            .finish_non_exhaustive()
-    }
-}
-
-impl CudaCopy {
-    pub fn wait(self) -> Result<Vec<u32>> {
-        self.arrived.synchronize().map_err(Error::wrap)?;
-        match &self.words {
-            Some(words) => Ok(words.as_slice().map_err(Error::wrap)?[..self.count].to_vec()),
-            None => bail!("the copy is gone"),
-        }
-    }
-}
-
-impl Drop for CudaCopy {
-    /// The memory may be freed or used again only when the device has written it.
-    fn drop(&mut self) {
-        let arrived = self.arrived.synchronize().is_ok();
-        if let (true, Some(words), Ok(mut spare)) = (arrived, self.words.take(), self.spare.lock()) {
-            spare.push(words);
-        }
-    }
 }
 
 /// A recorded pass.
@@ -111,17 +70,14 @@ impl CudaGpu {
         unsafe { blas_sys::cublasSetWorkspace_v2(*blas.handle(), address as *mut c_void, BLAS_WORKSPACE) }
             .result()
             .map_err(Error::wrap)?;
-        let module = stream
-            .context()
-            .load_module(Ptx::from_src(KERNELS))
-            .map_err(|err| Error::Msg(format!("the driver refuses the kernels: {err}; they need a newer driver, or a build with this GPU's CUDA_COMPUTE_CAP")))?;
+        let module = module::load(stream.context())?;
         Ok(Self {
+            copies: RefCell::new(Copies::new(stream.clone())),
             stream,
             blas,
             _blas_workspace: workspace,
             module,
             functions: RefCell::default(),
-            spare: Spare::default(),
             graphs: RefCell::default(),
             warm: RefCell::default(),
             unrecordable: Cell::new(false),
@@ -129,7 +85,12 @@ impl CudaGpu {
     }
 
     pub fn alloc(&self, bytes: usize) -> Result<CudaBuffer> {
-        let slice = self.stream.alloc_zeros::<u8>(bytes.max(1)).map_err(Error::wrap)?;
+        let slice = self.stream.alloc_zeros::<u8>(bytes.max(1)).map_err(|err| {
+            let free = self.stream.context().mem_get_info().map_or(0, |(free, _)| free);
+            Error::Msg(format!(
+                "{bytes} bytes of the GPU's memory are needed, {free} are free: {err}"
+            ))
+        })?;
         let address = slice.device_ptr(&self.stream).0;
         Ok(CudaBuffer { slice, address })
     }
@@ -138,8 +99,8 @@ impl CudaGpu {
     /// As [`super::Gpu::upload`].
     pub unsafe fn upload(&self, to: Address, from: &[u32]) -> Result<()> {
         self.bind()?;
-        // SAFETY: the caller's promise. Pageable memory has been read when the call returns.
-        unsafe { result::memcpy_htod_async(to, from, self.stream.cu_stream()) }.map_err(Error::wrap)
+        // SAFETY: the caller's promise.
+        unsafe { self.copies.borrow_mut().upload(to, from) }
     }
 
     /// # Safety
@@ -155,44 +116,29 @@ impl CudaGpu {
     /// As [`super::Gpu::copy_back`].
     pub unsafe fn copy_back(&self, from: Address, count: usize) -> Result<CudaCopy> {
         self.bind()?;
-        let spare = self.spare.lock().ok().and_then(|mut spare| spare.pop());
-        let mut words = match spare.filter(|words| words.len() >= count) {
-            Some(words) => words,
-            // SAFETY: it is written before it is read.
-            None => unsafe { self.stream.context().alloc_pinned(count.next_power_of_two()) }.map_err(Error::wrap)?,
-        };
-        let to = words.as_mut_ptr().map_err(Error::wrap)?;
-        // SAFETY: the memory is at least as long, and lies in the result until the copy has arrived.
-        let to = unsafe { std::slice::from_raw_parts_mut(to, count) };
         // SAFETY: the caller's promise.
-        unsafe { result::memcpy_dtoh_async(to, from, self.stream.cu_stream()) }.map_err(Error::wrap)?;
-        let arrived = self.stream.record_event(None).map_err(Error::wrap)?;
-        Ok(CudaCopy {
-            words: Some(words),
-            arrived,
-            count,
-            spare: self.spare.clone(),
-        })
+        unsafe { self.copies.borrow().copy_back(from, count) }
     }
 
     /// # Safety
     /// As [`super::Gpu::launch`].
     pub unsafe fn launch(&self, launch: &Launch) -> Result<()> {
         let mut functions = self.functions.borrow_mut();
-        let function = match functions.get(launch.kernel) {
+        let function = match functions.get_mut(launch.kernel) {
             Some(function) => function,
             None => {
-                let function = self.module.load_function(launch.kernel).map_err(Error::wrap)?;
+                let function = Function::load(&self.module, launch.kernel)?;
                 functions.entry(launch.kernel.to_owned()).or_insert(function)
             }
         };
+        function.allow_shared(launch.shared)?;
         let mut words: Vec<u64> = launch.args.iter().map(|arg| arg.bits()).collect();
         let mut params: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
         let [x, y, z] = launch.grid;
         // SAFETY: the caller's promise; the driver copies the parameters before it returns.
         unsafe {
             result::launch_kernel(
-                function.cu_function(),
+                function.function.cu_function(),
                 (x, y, z),
                 (launch.threads, 1, 1),
                 launch.shared,
@@ -248,9 +194,10 @@ impl CudaGpu {
         }
         // The first time runs as it is: it loads the kernels and lets cuBLAS choose its own.
         let first = self.warm.borrow_mut().insert(key);
-        if first || self.unrecordable.get() || self.graphs.borrow().len() >= MOST_GRAPHS {
+        if first || self.unrecordable.get() {
             return launches();
         }
+        self.make_room();
         match self.record(launches) {
             Ok(graph) => {
                 graph.0.launch().map_err(Error::wrap)?;
@@ -262,6 +209,15 @@ impl CudaGpu {
                 self.unrecordable.set(true);
                 launches()
             }
+        }
+    }
+
+    /// Drops all graphs where there are too many: of buffers or adapters that are gone, mostly.
+    fn make_room(&self) {
+        if self.graphs.borrow().len() >= MOST_GRAPHS {
+            // One may be running.
+            let _ = self.stream.synchronize();
+            self.graphs.borrow_mut().clear();
         }
     }
 

@@ -119,7 +119,7 @@ impl GpuCache {
         };
         // Prompts come in too many shapes to be recorded; a step of decoding is one of few.
         match self.inputs.tiles == 0 && self.inputs.rows == self.inputs.segments {
-            true => self.gpu.replay(pass.key()?, &mut || pass.all()),
+            true => self.gpu.replay(pass.key(), &mut || pass.all()),
             false => pass.all(),
         }
     }
@@ -192,8 +192,10 @@ fn largest_pass(config: &ModelConfig, rows: usize, segments: usize) -> Sizes {
     }
 }
 
-/// Bytes on the GPU besides weights and cache of passes of up to `rows` new tokens in `segments` sequences.
+/// Bytes on the GPU besides weights and cache, cuBLAS' own among them, of passes of up to `rows` new tokens in `segments`
+/// sequences.
 #[cfg(feature = "cuda")]
 pub(crate) fn pass_bytes(config: &ModelConfig, dtype: DType, rows: usize, segments: usize) -> usize {
-    workspace::bytes(config, dtype, largest_pass(config, rows, segments))
+    let buffers = workspace::bytes(config, dtype, largest_pass(config, rows, segments));
+    buffers + 4 * MOST_SEGMENTS + super::cuda::BLAS_WORKSPACE
 }

@@ -1,6 +1,6 @@
 //! The network's weights as the GPU path reads them: addresses, with the projections of one input side by side.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, TensorId, bail};
 
 use super::Gpu;
 use super::backend::Address;
@@ -120,6 +120,15 @@ fn hold(gpu: &Gpu, held: &mut Vec<Tensor>, tensors: &[Tensor]) -> Result<Address
     let address = gpu.address(&all)?;
     held.push(all);
     Ok(address)
+}
+
+/// What tells an adapter from every other, past ones too: the identity of its first factor. Its factors stay where they
+/// are while it lives, trained ones too.
+pub(crate) fn adapter_id(adapter: &Adapter, layers: usize) -> Option<TensorId> {
+    (0..layers)
+        .flat_map(|layer| LinearKind::ALL.map(|kind| (layer, kind)))
+        .find_map(|(layer, kind)| adapter.pair(layer, kind))
+        .map(|pair| pair.a.id())
 }
 
 /// An adapter's term of one layer, where it has one; its factors must be f32 on the GPU, as they are loaded.

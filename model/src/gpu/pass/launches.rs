@@ -8,7 +8,7 @@ use super::GpuCache;
 use crate::gpu::backend::{Address, Gemm, Side};
 use crate::gpu::inputs::Part;
 use crate::gpu::kernels::{AttendInputs, Kernels, RopeInputs, SingleRows};
-use crate::gpu::weights::low_rank;
+use crate::gpu::weights::{adapter_id, low_rank};
 use crate::lora::{Adapter, LinearKind};
 
 /// A pass: its launches with the addresses that they share.
@@ -20,7 +20,7 @@ pub(super) struct Launches<'a> {
 
 impl Launches<'_> {
     /// Everything that the launches depend on, besides the words of the inputs.
-    pub fn key(&self) -> Result<u64> {
+    pub fn key(&self) -> u64 {
         let (inputs, cache) = (&self.cache.inputs, self.cache);
         let mut hasher = DefaultHasher::new();
         (
@@ -32,16 +32,10 @@ impl Launches<'_> {
         )
             .hash(&mut hasher);
         cache.work.generation.hash(&mut hasher);
-        if let Some(adapter) = self.adapter {
-            for layer in 0..cache.weights.layers.len() {
-                for kind in LinearKind::ALL {
-                    if let Some(term) = low_rank(&cache.gpu, adapter, layer, kind, 0)? {
-                        (layer, kind as usize, term.a, term.b, term.rank).hash(&mut hasher);
-                    }
-                }
-            }
-        }
-        Ok(hasher.finish())
+        self.adapter
+            .map(|adapter| adapter_id(adapter, cache.weights.layers.len()))
+            .hash(&mut hasher);
+        hasher.finish()
     }
 
     fn input(&self, part: Part) -> Address {
