@@ -230,8 +230,31 @@ def training(model, rows, labels, prefix):
     return out | {f"{prefix}.losses": torch.tensor(losses), f"{prefix}.grad_norms": torch.tensor(norms)}
 
 
-def make_training(seed):
+def is_decided(tensors, model, rows, labels, prefix):
+    """Whether rounding decides nothing: a run whose start differs in the last bits has the same losses and norms.
+
+    AdamW divides a gradient near zero by its own size, so that on some seeds the last bit of one gradient is worth a step
+    of the full rate; there two right implementations part.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, p in lora_factors(model).items():
+        start = tensors[f"{prefix}.initial.{name}"]
+        p.data = start * (1 + 2e-7 * torch.randn(start.shape, generator=generator))
+    other = training(model, rows, labels, prefix)
+    losses, norms = (f"{prefix}.losses", f"{prefix}.grad_norms")
+    apart = max((other[losses] - tensors[losses]).abs().max().item(), (other[norms] / tensors[norms] - 1).abs().max().item())
+    print(f"training {prefix}: disturbed in the last bits, apart by {apart:.1e}")
+    return apart < 1e-4  # A tenth of what the tests allow.
+
+
+def make_training(seeds):
     """Every linear layer, r 4, alpha 8, dropout 0, on `tokens` and `labels` [3, longest] (-100: not counted)."""
+    if not any(training_of(seed) for seed in seeds):
+        sys.exit("training: no seed gives a run that rounding does not decide")
+
+
+def training_of(seed):
+    """Writes the fixture of a seed; false where rounding decides the run."""
     rows = make_rows(seed)[1:]
     labels = []
     for row, counted in zip(rows, (slice(4, 9), slice(12, 18), slice(30, 33))):
@@ -250,7 +273,10 @@ def make_training(seed):
                 if "lora_B" in name:
                     p.data.zero_()
         tensors |= training(model, rows, labels, prefix)
+        if not is_decided(tensors, model, rows, labels, prefix):
+            return False
     save_file(tensors, FIXTURES / "lora_training.safetensors", metadata(seed))
+    return True
 
 
 def main():
@@ -262,7 +288,7 @@ def main():
         make_model(name, config)
     make_adapter("llama_adapter", 11, target_modules=["q_proj", "v_proj"])
     make_adapter("llama_adapter_all_linear", 12, target_modules="all-linear", use_rslora=True)
-    make_training(13)
+    make_training(range(13, 40))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,18 @@ use crate::commands::profile::{ProfilePoint, profile_point};
 use crate::progress::Bar;
 
 /// Batch sizes and contexts that are measured: enough to tell the terms apart, few enough for a minute at most.
-const POINTS: [(usize, usize); 7] = [(1, 32), (1, 256), (4, 128), (8, 32), (16, 32), (16, 128), (32, 96)];
+const POINTS: [(usize, usize); 8] = [
+    (1, 32),
+    (1, 256),
+    (4, 128),
+    (8, 32),
+    (16, 32),
+    (16, 128),
+    (32, 96),
+    (64, 128),
+];
+/// A profile that stops below such batches is not kept: the planner would have to guess what large ones cost.
+pub const LARGE_BATCH: usize = 32;
 /// Decode steps timed together at each.
 const STEPS: u32 = 16;
 

@@ -53,7 +53,9 @@ pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
     let model = global.open_quantized(args.weights)?;
     let points = measure(&model, args)?;
     // The planner's cost model reads it.
-    crate::cost::keep(&model, &points)?;
+    if points.iter().any(|p| p.batch_size >= crate::cost::LARGE_BATCH) {
+        crate::cost::keep(&model, &points)?;
+    }
     let products = products::measure(&model.network, &points);
     if global.json {
         let products = serde_json::to_value(&products)?;
