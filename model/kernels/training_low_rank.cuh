@@ -4,6 +4,7 @@
 #include "common.cuh"
 
 #define TERM_AT_ONCE 8
+// Together one sum per lane.
 #define TERM_DOWN_ROWS 4
 #define TERM_UP_ROWS 8
 // Rows of a part of a sum over rows.
@@ -31,6 +32,22 @@ __device__ inline float drop_factor(const Drop &drop, size_t at) {
     return (uint32_t)(z >> 32) >= drop.threshold ? drop.scale : 0.0f;
 }
 
+// Lane i's result is the warp's sum of sums[i]: half as many are left after each exchange. By a warp.
+__device__ inline float share_sums(float (&sums)[32]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 16; half > 0; half /= 2) {
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            if (i >= half) continue;
+            const float mine = lane & half ? sums[i + half] : sums[i];
+            const float other = lane & half ? sums[i] : sums[i + half];
+            sums[i] = mine + __shfl_xor_sync(FULL_WARP, other, half);
+        }
+    }
+    return sums[0];
+}
+
 // low[r, k] = scale * sum over i of dropped x[r, i] * m[k step_k + i step_i]: A x forward, Bᵀ grad backward.
 // - x: rows of `width`, x_stride apart; low: [rows, rank] f32
 // A block takes TERM_DOWN_ROWS rows and TERM_AT_ONCE ranks.
@@ -39,11 +56,9 @@ __device__ void term_down(float *low, const T *x, const float *m, int rows, int 
                           int step_k, int step_i, float scale, Drop drop) {
     __shared__ float parts[8][TERM_DOWN_ROWS * TERM_AT_ONCE];
     const int row = blockIdx.x * TERM_DOWN_ROWS, first = blockIdx.y * TERM_AT_ONCE;
-    float sums[TERM_DOWN_ROWS][TERM_AT_ONCE];
+    float sums[TERM_DOWN_ROWS * TERM_AT_ONCE];
 #pragma unroll
-    for (int r = 0; r < TERM_DOWN_ROWS; r++)
-#pragma unroll
-        for (int k = 0; k < TERM_AT_ONCE; k++) sums[r][k] = 0;
+    for (int i = 0; i < TERM_DOWN_ROWS * TERM_AT_ONCE; i++) sums[i] = 0;
     for (int i = threadIdx.x; i < width; i += blockDim.x) {
         float xs[TERM_DOWN_ROWS];
 #pragma unroll
@@ -55,18 +70,10 @@ __device__ void term_down(float *low, const T *x, const float *m, int rows, int 
         for (int k = 0; k < TERM_AT_ONCE; k++) {
             const float w = first + k < rank ? m[(size_t)(first + k) * step_k + (size_t)i * step_i] : 0.0f;
 #pragma unroll
-            for (int r = 0; r < TERM_DOWN_ROWS; r++) sums[r][k] += xs[r] * w;
+            for (int r = 0; r < TERM_DOWN_ROWS; r++) sums[r * TERM_AT_ONCE + k] += xs[r] * w;
         }
     }
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-    for (int r = 0; r < TERM_DOWN_ROWS; r++) {
-#pragma unroll
-        for (int k = 0; k < TERM_AT_ONCE; k++) {
-            const float sum = sum_lanes(sums[r][k], 32);
-            if (lane == 0) parts[warp][r * TERM_AT_ONCE + k] = sum;
-        }
-    }
+    parts[threadIdx.x / 32][threadIdx.x % 32] = share_sums(sums);
     __syncthreads();
     const int r = threadIdx.x / TERM_AT_ONCE, k = threadIdx.x % TERM_AT_ONCE;
     if (r >= TERM_DOWN_ROWS || row + r >= rows || first + k >= rank) return;

@@ -27,7 +27,9 @@ fn signal_when(args: &[&str], signals: &[&str], ready: impl Fn() -> bool) -> Res
         std::thread::sleep(Duration::from_millis(2));
     }
     for signal in signals {
-        let sent = Command::new("kill").args([signal, child.id().to_string().as_str()]).status()?;
+        let sent = Command::new("kill")
+            .args([signal, child.id().to_string().as_str()])
+            .status()?;
         ensure!(sent.success(), "kill {signal} failed");
     }
     Ok(child.wait_with_output()?)

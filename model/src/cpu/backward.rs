@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::PackedMatrix;
-use super::columns::{INNER_BLOCK, Wide, narrow_tile_of};
+use super::columns::{INNER_BLOCK, Wide, narrow_tile_of, with_room};
 use super::instructions::{Instructions, Kernel};
 use super::matrix::RowBlocks;
 use super::panel::{LANES, Lane, Output, Rows, tile_of, tile_turned_of};
@@ -56,8 +56,7 @@ pub(super) fn multiply_turned_with(
         products: products.iter().map(|p| p.grad.len() * inputs).sum(),
         bytes: products.iter().map(|p| p.matrix.bytes()).sum::<usize>() * blocks.count(),
     };
-    share(per_block * blocks.count(), cost, |units: Range<usize>, _| {
-        let mut turned = [[Lane::ZERO; INNER_BLOCK]; 2];
+    let run = |units: Range<usize>, turned: &mut Wide| {
         for unit in units {
             let first = unit % per_block * together;
             let mut accumulate = accumulate;
@@ -69,11 +68,14 @@ pub(super) fn multiply_turned_with(
                     panels: first..(first + together).min(panels),
                     out: &out,
                     accumulate,
-                    turned: &mut turned,
+                    turned,
                 });
                 accumulate = true;
             }
         }
+    };
+    share(per_block * blocks.count(), cost, |units: Range<usize>, _| {
+        with_room(|room| run(units, room))
     });
 }
 

@@ -1,5 +1,6 @@
 //! A few panels' columns of a product: which tiles, in which order, from which memory.
 
+use std::cell::Cell;
 use std::ops::Range;
 
 use super::instructions::Kernel;
@@ -10,8 +11,20 @@ use super::registers::{Base, Vector};
 /// Inner size of a block, whole 8-bit blocks: two panels' parts (32 KB) stay in the first-level cache while all rows pass.
 pub(super) const INNER_BLOCK: usize = 256;
 
-/// Room for the widened part of as many panels as are widened together.
+/// Room for the widened or turned part of as many panels as go together.
 pub(super) type Wide = [[Lane; INNER_BLOCK]; 2];
+
+/// Calls `f` with room that this thread keeps: it would be cleared for every part of every product. Not for use inside of a
+/// [`Kernel`], whose instructions `f` would lack.
+pub(super) fn with_room<T>(f: impl FnOnce(&mut Wide) -> T) -> T {
+    thread_local! {
+        static ROOM: Cell<Option<Box<Wide>>> = const { Cell::new(None) };
+    }
+    let mut room = ROOM.take().unwrap_or_else(|| Box::new([[Lane::ZERO; INNER_BLOCK]; 2]));
+    let value = f(&mut room);
+    ROOM.set(Some(room));
+    value
+}
 
 /// Some columns of a product.
 pub(super) struct Columns<'a> {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::columns::{Columns, INNER_BLOCK, lane, panel};
+use super::columns::{Columns, Wide, lane, panel, with_room};
 use super::instructions::Instructions;
 use super::memory::Memory;
 use super::panel::{Group, LANES, Lane, Output, Rows};
@@ -175,8 +175,7 @@ pub(super) fn multiply_with(instructions: Instructions, x: Rows, rows: usize, pr
         products: products.iter().map(|p| rows * p.matrix.outputs * p.matrix.inputs).sum(),
         bytes: products.iter().map(|p| p.matrix.bytes()).sum::<usize>() * blocks.count(),
     };
-    share(per_block * blocks.count(), cost, |range: Range<usize>, more: bool| {
-        let mut wide = [[Lane::ZERO; INNER_BLOCK]; 2];
+    let run = |range: Range<usize>, more: bool, wide: &mut Wide| {
         for unit in range.clone() {
             let Some((product, panels)) = units.get(unit % per_block) else {
                 continue;
@@ -189,9 +188,12 @@ pub(super) fn multiply_with(instructions: Instructions, x: Rows, rows: usize, pr
                 tile: blocks.tile,
                 panels,
                 next: next.flatten().map(|(p, panels)| p.matrix.address(panels.start)),
-                wide: &mut wide,
+                wide,
             });
         }
+    };
+    share(per_block * blocks.count(), cost, |range: Range<usize>, more: bool| {
+        with_room(|room| run(range, more, room))
     });
 }
 

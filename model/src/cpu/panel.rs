@@ -218,23 +218,21 @@ impl<G: Group, const P: usize> Tile<G, P> {
                     }
                 }
             }
-            for g in 0..self.k.div_ceil(G::ROWS) {
-                let first = g * G::ROWS;
-                for ahead in &self.ahead[..A.min(P)] {
-                    ask_for::<_, FAR>(ahead.wrapping_add(g));
-                }
-                let count = if G::ROWS == 1 { 1 } else { (self.k - first).min(G::ROWS) };
-                for i in 0..count {
-                    let rows: [V; P] = std::array::from_fn(|p| (*self.panels[p].add(g)).row(i));
-                    for (r, sums) in sums.iter_mut().enumerate() {
-                        let x = match T {
-                            true => *self.a.add((first + i) * self.stride + r),
-                            false => *self.a.add(r * self.stride + first + i),
-                        };
-                        for (sum, row) in sums.iter_mut().zip(&rows) {
-                            *sum = sum.plus(x, *row);
-                        }
+            let groups = self.k.div_ceil(G::ROWS);
+            let at_once = const { if M * P <= UNROLLED_SUMS { UNROLLED } else { 1 } };
+            let whole = self.k / G::ROWS / at_once * at_once;
+            for g in (0..whole).step_by(at_once) {
+                for g in g..g + at_once {
+                    self.ask::<A>(g);
+                    for i in 0..G::ROWS {
+                        self.add::<V, M, T>(&mut sums, g, i);
                     }
+                }
+            }
+            for g in whole..groups {
+                self.ask::<A>(g);
+                for i in 0..(self.k - g * G::ROWS).min(G::ROWS) {
+                    self.add::<V, M, T>(&mut sums, g, i);
                 }
             }
             for (r, sums) in sums.iter().enumerate() {
@@ -246,6 +244,42 @@ impl<G: Group, const P: usize> Tile<G, P> {
     }
 }
 
+impl<G: Group, const P: usize> Tile<G, P> {
+    /// Asks for group `g` of the first `A` of `ahead`.
+    #[inline(always)]
+    fn ask<const A: usize>(&self, g: usize) {
+        for ahead in &self.ahead[..A.min(P)] {
+            ask_for::<_, FAR>(ahead.wrapping_add(g));
+        }
+    }
+
+    /// Adds the products of row `i` of group `g` of the panels.
+    ///
+    /// # Safety
+    /// As [`Tile::run`] asks, and the panels have such a row.
+    #[inline(always)]
+    unsafe fn add<V: Vector, const M: usize, const T: bool>(&self, sums: &mut [[V; P]; M], g: usize, i: usize) {
+        // SAFETY: the caller's.
+        unsafe {
+            let column = g * G::ROWS + i;
+            let rows: [V; P] = std::array::from_fn(|p| (*self.panels[p].add(g)).row(i));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                let x = match T {
+                    true => *self.a.add(column * self.stride + r),
+                    false => *self.a.add(r * self.stride + column),
+                };
+                for (sum, row) in sums.iter_mut().zip(&rows) {
+                    *sum = sum.plus(x, *row);
+                }
+            }
+        }
+    }
+}
+
+/// Groups of one turn of the inner loop, for tiles of few sums: more sums leave no registers for it.
+const UNROLLED: usize = 4;
+const UNROLLED_SUMS: usize = 16;
+
 /// Asks for a panel that will be read soon.
 #[inline(always)]
 pub(crate) fn prefetch(panel: &[Lane]) {
@@ -255,7 +289,7 @@ pub(crate) fn prefetch(panel: &[Lane]) {
 }
 
 /// Into the first-level cache, for what is read at once.
-const NEAR: bool = true;
+pub(super) const NEAR: bool = true;
 /// Into the second-level cache: the first has too few places for lines on their way.
 pub(super) const FAR: bool = false;
 

@@ -105,20 +105,10 @@ pub(crate) fn softmax(x: &mut [f32]) -> (f32, f32) {
 #[inline(always)]
 pub(crate) fn exp_all(x: &mut [f32]) -> f32 {
     let largest = max(x);
-    let mut lanes = [0f32; 8];
-    let (chunks, rest) = x.as_chunks_mut::<8>();
-    for chunk in chunks {
-        for i in 0..8 {
-            chunk[i] = exp(chunk[i] - largest);
-            lanes[i] += chunk[i];
-        }
+    for v in x.iter_mut() {
+        *v = exp(*v - largest);
     }
-    let mut tail = [0f32; 8];
-    for (tail, x) in tail.iter_mut().zip(rest) {
-        *x = exp(*x - largest);
-        *tail = *x;
-    }
-    add_up(lanes) + add_up(tail)
+    sum(x)
 }
 
 /// Σ xᵢ, in eight partial sums.

@@ -179,8 +179,8 @@ mod tests {
         assert_eq!((products.linears.len(), products.steps.len()), (10, 3));
         assert!(products.read_gb_per_s > 0.0);
         for row in &products.linears {
-            // A little above 1 where the caches happen to hold the model better than the repeated trial.
-            assert!(row.share > 0.0 && row.share < 1.5, "{row:?}");
+            // No upper bound: a busy machine may disturb the limit more than the trial, and a test times nothing.
+            assert!(row.share > 0.0 && row.share.is_finite(), "{row:?}");
             assert!(row.share_of_both >= row.share && row.memory_gflops > 0.0, "{row:?}");
             if row.linear == "gate+up" {
                 let want = (2 * config.intermediate_size, config.hidden_size);

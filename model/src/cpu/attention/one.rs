@@ -4,12 +4,8 @@ use std::ops::Range;
 
 use super::{Scratch, Span, Step, weigh};
 use crate::cpu::instructions::Kernel;
-use crate::cpu::panel::{LANES, Lane, Output, Rows, prefetch, tile_of};
+use crate::cpu::panel::{LANES, Lane, NEAR, Output, Rows, ask_for, prefetch, tile_of};
 use crate::cpu::registers::Vector;
-
-/// Blocks that are asked for before they are needed: a sequence's blocks lie scattered, so that the processor does not
-/// guess the next.
-const AHEAD: usize = 1;
 
 /// The only new token of `span`, for some key and value heads. Block by block and within a block head by head, which is how
 /// they lie.
@@ -69,12 +65,11 @@ impl Step<'_> {
         // SAFETY: this thread's own, and read only when the products are done.
         let out = unsafe { Output::shared(scores, width) };
         for (b, &block) in blocks.iter().enumerate() {
-            if let Some(&next) = blocks.get(b + AHEAD) {
-                (0..heads).for_each(|h| prefetch(self.cache.keys(next, head + h)));
-            }
+            let next = *blocks.get(b + 1).unwrap_or(&block);
             if group > 1 {
                 for h in 0..heads {
                     let keys = self.cache.keys(block, head + h);
+                    prefetch(self.cache.keys(next, head + h));
                     for r in (h * group..(h + 1) * group).step_by(V::ROWS) {
                         let count = ((h + 1) * group - r).min(V::ROWS);
                         let q = Rows { data: q, stride: d }.from(r);
@@ -86,10 +81,10 @@ impl Step<'_> {
             let mut h = 0;
             while h < heads {
                 h += match heads - h {
-                    1 => self.dots::<V, 1>(block, (head, h), q, &out, b),
-                    2 => self.dots::<V, 2>(block, (head, h), q, &out, b),
-                    3 => self.dots::<V, 3>(block, (head, h), q, &out, b),
-                    _ => self.dots::<V, 4>(block, (head, h), q, &out, b),
+                    1 => self.dots::<V, 1>([block, next], (head, h), q, &out, b),
+                    2 => self.dots::<V, 2>([block, next], (head, h), q, &out, b),
+                    3 => self.dots::<V, 3>([block, next], (head, h), q, &out, b),
+                    _ => self.dots::<V, 4>([block, next], (head, h), q, &out, b),
                 };
             }
         }
@@ -106,11 +101,9 @@ impl Step<'_> {
         for (b, &block) in blocks.iter().enumerate() {
             // No further than the last token: what lies behind it belongs to nobody.
             let tokens = (tokens - b * LANES).min(LANES);
+            let next = *blocks.get(b + 1).unwrap_or(&block);
             for h in 0..heads {
-                if let Some(&next) = blocks.get(b + AHEAD) {
-                    prefetch(self.cache.values(next, head + h));
-                }
-                let values = self.cache.values(block, head + h);
+                let values = [block, next].map(|block| self.cache.values(block, head + h));
                 for r in h * group..(h + 1) * group {
                     let weights = &scratch.scores[r * width + b * LANES..][..tokens];
                     mix::<V>(weights, values, &mut scratch.sums[r * lanes..][..lanes]);
@@ -119,22 +112,25 @@ impl Step<'_> {
         }
     }
 
-    /// One block's scores of `N` heads with a query each, side by side: one head's sums would wait for each other.
+    /// The first block's scores of `N` heads with a query each, side by side: one head's sums would wait for each other. Asks
+    /// for the second block, which lies anywhere, so that the processor would not guess it.
     #[inline(always)]
     fn dots<V: Vector, const N: usize>(
         &self,
-        block: u32,
+        blocks: [u32; 2],
         (head, h): (usize, usize),
         q: &[f32],
         out: &Output,
         b: usize,
     ) -> usize {
         let d = self.attention.shape.head_dim;
-        let keys: [&[Lane]; N] = std::array::from_fn(|i| self.cache.keys(block, head + h + i));
+        let [keys, next]: [[&[Lane]; N]; 2] =
+            blocks.map(|block| std::array::from_fn(|i| self.cache.keys(block, head + h + i)));
         let q: [&[f32]; N] = std::array::from_fn(|i| &q[(h + i) * d..][..d]);
         let mut sums = [V::zero(); N];
         for i in 0..d {
             for n in 0..N {
+                ask_for::<_, NEAR>(&next[n][i]);
                 sums[n] = sums[n].plus(q[n][i], V::load(&keys[n][i].0));
             }
         }
@@ -149,32 +145,32 @@ impl Step<'_> {
 
 /// `sums += Σ weights[t] values[t]`, over the tokens of a block.
 ///
-/// - `values`: `[head_dim / 16][16 tokens, 16]`
+/// - `values`: `[head_dim / 16][16 tokens, 16]`, of this block and of the one that is asked for meanwhile
 /// - `sums`: `[head_dim / 16, 16]`
 #[inline(always)]
-fn mix<V: Vector>(weights: &[f32], values: &[Lane], sums: &mut [f32]) {
-    let mut rest = (values, sums);
-    while !rest.1.is_empty() {
-        let panels = (rest.1.len() / LANES).min(4);
-        let (values, behind) = rest.0.split_at(panels * LANES);
-        let (sums, sums_behind) = rest.1.split_at_mut(panels * LANES);
+fn mix<V: Vector>(weights: &[f32], values: [&[Lane]; 2], sums: &mut [f32]) {
+    let mut first = 0;
+    let (sums, _) = sums.as_chunks_mut::<LANES>();
+    while first < sums.len() {
+        let (panels, values) = ((sums.len() - first).min(4), values.map(|v| &v[first * LANES..]));
+        let sums = &mut sums[first..first + panels];
         match panels {
             1 => mix_panels::<V, 1>(weights, values, sums),
             2 => mix_panels::<V, 2>(weights, values, sums),
             3 => mix_panels::<V, 3>(weights, values, sums),
             _ => mix_panels::<V, 4>(weights, values, sums),
         }
-        rest = (behind, sums_behind);
+        first += panels;
     }
 }
 
 #[inline(always)]
-fn mix_panels<V: Vector, const P: usize>(weights: &[f32], values: &[Lane], sums: &mut [f32]) {
-    let (sums, _) = sums.as_chunks_mut::<LANES>();
-    let panels: [&[Lane]; P] = std::array::from_fn(|p| &values[p * LANES..][..LANES]);
+fn mix_panels<V: Vector, const P: usize>(weights: &[f32], values: [&[Lane]; 2], sums: &mut [[f32; LANES]]) {
+    let [panels, next]: [[&[Lane]; P]; 2] = values.map(|v| std::array::from_fn(|p| &v[p * LANES..][..LANES]));
     let mut mixed: [V; P] = std::array::from_fn(|p| V::load(&sums[p]));
     for (t, weight) in weights.iter().enumerate().take(LANES) {
         for p in 0..P {
+            ask_for::<_, NEAR>(&next[p][t]);
             mixed[p] = mixed[p].plus(*weight, V::load(&panels[p][t].0));
         }
     }

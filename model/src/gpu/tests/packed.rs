@@ -106,10 +106,15 @@ fn packed_attention_and_its_gradients_are_those_of_the_cpu() -> Result<()> {
     on_each_device(|gpu, device| {
         for (dtype, tolerance) in DTYPES {
             let tolerance = (dtype, 2.0 * tolerance);
-            for head_dim in [16, 32, 64, 80, 96, 128] {
+            // f16 is bf16's kernel with other products.
+            let head_dims: &[usize] = match dtype {
+                DType::F16 => &[80],
+                _ => &[16, 32, 64, 80, 96, 128],
+            };
+            for &head_dim in head_dims {
                 check_attention(gpu, device, tolerance, shape(2, 1, head_dim, None))?;
             }
-            for window in [1, 33, 40] {
+            for window in [1, 33] {
                 check_attention(gpu, device, tolerance, shape(2, 2, 16, Some(window)))?;
             }
         }
