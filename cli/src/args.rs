@@ -45,7 +45,7 @@ pub struct Global {
     pub quiet: u8,
 }
 
-fn parse_dtype(text: &str) -> Result<DTypeChoice, String> {
+pub fn parse_dtype(text: &str) -> Result<DTypeChoice, String> {
     match text {
         "auto" => Ok(DTypeChoice::Auto),
         "f32" => Ok(DTypeChoice::F32),

@@ -38,20 +38,20 @@ struct Profile {
 
 /// The cost model, from the cache or measured now and kept there.
 pub fn cost_model(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<CostModel> {
-    let path = path(model);
+    let path = path(model, config);
     let kept = path.as_deref().and_then(|path| std::fs::read_to_string(path).ok());
     if let Some(profile) = kept.and_then(|text| serde_json::from_str::<Profile>(&text).ok()) {
         return Ok(profile.cost);
     }
     let points = measure(model, config)?;
     let cost = fit(&points)?;
-    keep(model, &points)?;
+    keep(model, config, &points)?;
     Ok(cost)
 }
 
 /// Keeps what was measured of a model for the next time, where it suffices for a cost model.
-pub fn keep(model: &LoadedModel, points: &[ProfilePoint]) -> anyhow::Result<()> {
-    let (Some(path), Ok(cost)) = (path(model), fit(points)) else {
+pub fn keep(model: &LoadedModel, config: EngineConfig, points: &[ProfilePoint]) -> anyhow::Result<()> {
+    let (Some(path), Ok(cost)) = (path(model, config), fit(points)) else {
         return Ok(());
     };
     if let Some(folder) = path.parent() {
@@ -100,16 +100,17 @@ fn measure(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<Vec<Prof
 }
 
 /// Where the profile of this model's shape on this device is kept. `None` where the user has no home.
-fn path(model: &LoadedModel) -> Option<PathBuf> {
+fn path(model: &LoadedModel, config: EngineConfig) -> Option<PathBuf> {
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?;
     let network = &model.network;
     let threads = std::env::var("RAYON_NUM_THREADS").unwrap_or_default();
     let what = format!(
-        "{:?} {:?} {:?} {:?} {threads} {}",
+        "{:?} {:?} {:?} {:?} {:?} {threads} {}",
         network.config(),
         network.device().location(),
         network.dtype(),
+        config.kv_dtype.of_cache(network.dtype()),
         network.quantization(),
         env!("CARGO_PKG_VERSION")
     );

@@ -9,9 +9,11 @@ use anyhow::Context;
 use clap::Args;
 use lengthwise_core::RequestId;
 use lengthwise_decoder::{EngineConfig, KvBudget, LocalDecoder};
-use lengthwise_model::{Adapter, LoadedModel};
+use lengthwise_model::{Adapter, DTypeChoice, LoadedModel};
 use lengthwise_scheduler::{AdmissionOrder, Planning, ScheduleConfig, Strategy};
 use lengthwise_train::files::{LengthRecord, read_lengths};
+
+use crate::args::parse_dtype;
 
 /// How requests are scheduled.
 #[derive(Args, Clone)]
@@ -85,7 +87,7 @@ impl ScheduleArgs {
     }
 }
 
-/// Size of the KV cache.
+/// Size and dtype of the KV cache.
 #[derive(Args, Clone, Copy)]
 pub struct CacheArgs {
     /// Tokens that the KV cache holds [default: what fits 1 GiB, or nine tenths of a GPU's free memory]
@@ -94,6 +96,10 @@ pub struct CacheArgs {
     /// The same in bytes; K, M and G stand for 1024, 1024² and 1024³
     #[arg(long, value_parser = parse_bytes, conflicts_with = "kv_cache_tokens")]
     pub kv_cache_bytes: Option<usize>,
+    /// dtype of the KV cache: auto is the weights' own; f16 halves it where the weights are f32 on the CPU, and a step there
+    /// takes less time
+    #[arg(long, default_value = "auto", value_parser = parse_dtype)]
+    pub kv_cache_dtype: DTypeChoice,
 }
 
 impl CacheArgs {
@@ -103,6 +109,7 @@ impl CacheArgs {
         let bytes = self.kv_cache_bytes.map(KvBudget::Bytes);
         EngineConfig {
             kv_budget: tokens.or(bytes).unwrap_or(KvBudget::Memory),
+            kv_dtype: self.kv_cache_dtype,
             ..EngineConfig::default()
         }
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
 use lengthwise_model::{
-    Adapter, BLOCK_TOKENS, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit,
+    Adapter, BLOCK_TOKENS, DTypeChoice, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit,
 };
 use lengthwise_scheduler::Timeline;
 
@@ -18,6 +18,8 @@ use crate::sequence::Sequence;
 pub struct EngineConfig {
     /// What the KV cache may hold.
     pub kv_budget: KvBudget,
+    /// Its dtype; `Auto` is the weights' own.
+    pub kv_dtype: DTypeChoice,
     /// Most prompt tokens in one forward pass; longer prompts are run in chunks.
     pub max_prefill_tokens: usize,
 }
@@ -26,6 +28,7 @@ impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             kv_budget: KvBudget::Memory,
+            kv_dtype: DTypeChoice::Auto,
             max_prefill_tokens: 2048,
         }
     }
@@ -72,7 +75,8 @@ struct Launched {
 /// Tokens of the KV cache: those asked for; else on a GPU what its memory holds, and on a CPU a fixed size.
 fn cache_tokens(model: &Llama, config: &EngineConfig) -> Result<usize, DecodeError> {
     // Whole blocks: the cache rounds up, and a budget is not to be exceeded.
-    let block = BLOCK_TOKENS * kv_bytes_per_token(model.config(), model.dtype());
+    let dtype = config.kv_dtype.of_cache(model.dtype());
+    let block = BLOCK_TOKENS * kv_bytes_per_token(model.config(), dtype);
     let fit = |bytes: usize| bytes / block * BLOCK_TOKENS;
     match config.kv_budget {
         KvBudget::Tokens(tokens) => Ok(tokens),
@@ -89,7 +93,7 @@ impl Engine {
     /// `eos`: the tokens that end an answer.
     ///
     /// # Errors
-    /// No memory for the cache.
+    /// No memory for the cache, or none in that dtype.
     pub fn new(
         model: Arc<Llama>,
         adapter: Option<Arc<Adapter>>,
@@ -97,7 +101,8 @@ impl Engine {
         config: EngineConfig,
     ) -> Result<Self, DecodeError> {
         let tokens = cache_tokens(&model, &config)?;
-        let cache = KvCache::new(&model, tokens).map_err(DecodeError::model)?;
+        let dtype = config.kv_dtype.of_cache(model.dtype());
+        let cache = KvCache::in_dtype(&model, tokens, dtype).map_err(DecodeError::model)?;
         Self::with_cache(model, adapter, eos, config, cache)
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor};
 use lengthwise_core::{DecodeError, FinishReason, RequestId, SamplingParams};
-use lengthwise_model::{LinearKind, Llama, ModelConfig, Weights};
+use lengthwise_model::{DTypeChoice, LinearKind, Llama, ModelConfig, Weights};
 use lengthwise_scheduler::{AdmissionOrder, CostModel, Planning, ScheduleConfig, Strategy, StrategyStats};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -58,6 +58,7 @@ fn engine(model: &Arc<Llama>, cache_tokens: usize) -> anyhow::Result<Engine> {
     let config = EngineConfig {
         kv_budget: KvBudget::Tokens(cache_tokens),
         max_prefill_tokens: 32,
+        ..EngineConfig::default()
     };
     Ok(Engine::new(
         model.clone(),
@@ -179,6 +180,25 @@ fn a_small_cache_changes_no_answer() -> anyhow::Result<()> {
         // 96 tokens hold one long sequence and little else; predictions of 1 admit far too many.
         let config = config(strategy).with(false, true);
         let (got, _) = run(&mut engine(&model, 96)?, &requests, |_| 1, &config)?;
+        assert_eq!(got, want, "{strategy}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cache_of_16_bits_holds_twice_the_tokens_and_gives_every_request_what_it_gets_alone() -> anyhow::Result<()> {
+    let model = model()?;
+    let half = EngineConfig {
+        kv_budget: KvBudget::Bytes(256 * 80),
+        kv_dtype: DTypeChoice::F16,
+        max_prefill_tokens: 32,
+    };
+    let new = || Engine::new(model.clone(), None, model.config().eos_token_ids.clone(), half);
+    assert_eq!(new()?.cache_tokens(), 160);
+    let requests = requests(24, 0.0);
+    let want = alone(&mut new()?, &requests)?;
+    for strategy in [Strategy::Continuous, Strategy::Vanilla] {
+        let (got, _) = run(&mut new()?, &requests, |i| (i as u32 * 7) % 50, &config(strategy))?;
         assert_eq!(got, want, "{strategy}");
     }
     Ok(())

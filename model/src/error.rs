@@ -128,6 +128,17 @@ pub enum ModelError {
         /// What it said.
         reason: String,
     },
+    /// A KV cache in a dtype that nothing here runs with such weights.
+    #[error(
+        "a KV cache in {cache} runs only with f32 weights on the cpu (and cache in f16) or with weights in {cache}, not with \
+         {weights}: leave --kv-cache-dtype out"
+    )]
+    CacheDTypeUnsupported {
+        /// The dtype asked for.
+        cache: &'static str,
+        /// That of the weights.
+        weights: &'static str,
+    },
     /// The device cannot hold the KV cache.
     #[error("the KV cache needs {needed} bytes, the device has {free} free: ask for fewer tokens (--kv-cache-tokens)")]
     NoMemory {

@@ -89,10 +89,27 @@ impl KvCache {
     /// # Errors
     /// The device has not that much memory.
     pub fn new(model: &Llama, tokens: usize) -> Result<Self, ModelError> {
+        Self::in_dtype(model, tokens, model.dtype())
+    }
+
+    /// As [`KvCache::new`], in `dtype`, which may be f16 where f32 weights run on the CPU: reading the cache, what most of a
+    /// decode step at long contexts is, then takes half the bytes. Scores and mixtures are added up in f32 all the same.
+    ///
+    /// # Errors
+    /// The device has not that much memory, or the model takes no other dtype than its own.
+    pub fn in_dtype(model: &Llama, tokens: usize, dtype: DType) -> Result<Self, ModelError> {
         let blocks = tokens.div_ceil(BLOCK_TOKENS).max(1);
-        let store = match model.runs_on_host() {
-            true => Store::Host(HostCache::new(model.config(), blocks), Workspace::default()),
-            false => Store::on_device(model, blocks)?,
+        let host = |cache| Store::Host(cache, Workspace::default());
+        let store = match dtype {
+            DType::F32 if model.runs_on_host() => host(HostCache::f32(model.config(), blocks)),
+            DType::F16 if model.runs_on_host() => host(HostCache::f16(model.config(), blocks)),
+            _ if dtype == model.dtype() => Store::on_device(model, blocks)?,
+            _ => {
+                return Err(ModelError::CacheDTypeUnsupported {
+                    cache: dtype.as_str(),
+                    weights: model.dtype().as_str(),
+                });
+            }
         };
         Ok(Self::with_store(store, blocks))
     }

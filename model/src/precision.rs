@@ -34,6 +34,19 @@ impl DTypeChoice {
     }
 }
 
+impl DTypeChoice {
+    /// The dtype of the KV cache of a model with weights in `weights`, where this is chosen for the cache: `Auto` is the
+    /// weights' own.
+    pub fn of_cache(self, weights: DType) -> DType {
+        match self {
+            Self::Auto => weights,
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
 /// How the weights of the linear layers and of the head are stored, where that is not the model's dtype. Embeddings, norms,
 /// biases, activations and the KV cache keep the dtype.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -54,7 +54,7 @@ pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
     let points = measure(&model, args)?;
     // The planner's cost model reads it.
     if points.iter().any(|p| p.batch_size >= crate::cost::LARGE_BATCH) {
-        crate::cost::keep(&model, &points)?;
+        crate::cost::keep(&model, args.cache.engine(), &points)?;
     }
     let products = products::measure(&model.network, &points);
     if global.json {

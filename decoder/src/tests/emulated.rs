@@ -7,6 +7,7 @@ fn emulated(model: &Arc<Llama>, cache_tokens: usize) -> anyhow::Result<Engine> {
     let config = EngineConfig {
         kv_budget: KvBudget::Tokens(cache_tokens),
         max_prefill_tokens: 32,
+        ..EngineConfig::default()
     };
     let cache = lengthwise_model::KvCache::emulated(model, cache_tokens)?;
     let eos = model.config().eos_token_ids.clone();

@@ -11,7 +11,7 @@ mod tiles;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::cache::{LayerCache, SharedLayer};
+use super::cache::{HostCache, LayerCache, SharedLayer, Stored};
 use super::instructions::Instructions;
 use super::panel::{LANES, Output};
 use super::share::each;
@@ -51,7 +51,14 @@ pub(crate) struct Attention<'a> {
 /// Puts the new tokens' keys and values into the cache, and attends with each query to all up to its own position.
 ///
 /// - `out`: `[t, heads * head_dim]`
-pub(crate) fn attend(attention: &Attention, cache: &mut LayerCache, spans: &[Span], out: &mut [f32]) {
+pub(crate) fn attend(attention: &Attention, cache: &mut HostCache, layer: usize, spans: &[Span], out: &mut [f32]) {
+    match cache {
+        HostCache::F32(layers) => attend_in(attention, &mut layers[layer], spans, out),
+        HostCache::F16(layers) => attend_in(attention, &mut layers[layer], spans, out),
+    }
+}
+
+fn attend_in<L: Stored>(attention: &Attention, cache: &mut LayerCache<L>, spans: &[Span], out: &mut [f32]) {
     let shape = attention.shape;
     // SAFETY: each job has heads of a span of its own, whose blocks are that span's alone, and those that attend to what
     // others have written begin when these are done.
@@ -130,9 +137,9 @@ const HEADS: usize = 4;
 const STRIP: usize = 48;
 
 /// One layer's attention under way.
-struct Step<'a> {
+struct Step<'a, L> {
     attention: &'a Attention<'a>,
-    cache: SharedLayer<'a>,
+    cache: SharedLayer<'a, L>,
     out: Output,
 }
 
@@ -155,7 +162,7 @@ fn with_scratch(f: impl FnOnce(&mut Scratch)) {
     SCRATCH.with_borrow_mut(f);
 }
 
-impl Step<'_> {
+impl<L: Stored> Step<'_, L> {
     /// Puts one head of all new tokens of a span into the cache.
     fn write(&self, span: &Span, head: usize) {
         let Attention { k, v, norms, eps, .. } = *self.attention;

@@ -282,7 +282,7 @@ const UNROLLED_SUMS: usize = 16;
 
 /// Asks for a panel that will be read soon.
 #[inline(always)]
-pub(crate) fn prefetch(panel: &[Lane]) {
+pub(crate) fn prefetch<G: Group>(panel: &[G]) {
     for lane in panel {
         ask_for::<_, NEAR>(lane);
     }

@@ -1,5 +1,7 @@
 //! Sixteen f32 side by side, as the inner loop holds them: an AVX-512 register, two AVX registers, or an array.
 
+use half::f16;
+
 use super::panel::{Group, LANES, Tile};
 
 /// Sixteen f32, and how the inner loop is run with them. All kinds round alike: one fused multiplication and addition after
@@ -22,6 +24,9 @@ pub(crate) trait Vector: Copy {
     /// Whole numbers times their columns' scales.
     fn scaled(whole: &[i8; LANES], scales: &[f32; LANES]) -> Self;
 
+    /// f16 as f32, which all have.
+    fn widened(half: &[f16; LANES]) -> Self;
+
     /// Runs a tile of `rows` rows, at most [`Vector::ROWS`].
     ///
     /// # Safety
@@ -40,22 +45,37 @@ macro_rules! by_height {
     };
 }
 
-#[cfg(not(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma")))]
+#[cfg(not(all(
+    target_arch = "x86_64",
+    target_feature = "avx2",
+    target_feature = "f16c",
+    target_feature = "fma"
+)))]
 pub(crate) use Portable as Base;
 /// What every processor that the program is built for has.
-#[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma"))]
+#[cfg(all(
+    target_arch = "x86_64",
+    target_feature = "avx2",
+    target_feature = "f16c",
+    target_feature = "fma"
+))]
 pub(crate) use avx2::Avx2 as Base;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use avx512::Avx512;
 
-#[cfg(all(target_arch = "x86_64", target_feature = "avx2", target_feature = "fma"))]
+#[cfg(all(
+    target_arch = "x86_64",
+    target_feature = "avx2",
+    target_feature = "f16c",
+    target_feature = "fma"
+))]
 mod avx2 {
     use std::arch::x86_64::{
-        __m256, _mm_loadl_epi64, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_fmadd_ps, _mm256_loadu_ps,
-        _mm256_mul_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
+        __m256, _mm_loadl_epi64, _mm_loadu_si128, _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtph_ps,
+        _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_mul_ps, _mm256_set1_ps, _mm256_setzero_ps, _mm256_storeu_ps,
     };
 
-    use super::{Group, LANES, Tile, Vector};
+    use super::{Group, LANES, Tile, Vector, f16};
 
     /// The low and the high eight.
     #[derive(Clone, Copy)]
@@ -115,6 +135,17 @@ mod avx2 {
         }
 
         #[inline(always)]
+        fn widened(half: &[f16; LANES]) -> Self {
+            let at = half.as_ptr().cast();
+            unsafe {
+                Self([
+                    _mm256_cvtph_ps(_mm_loadu_si128(at)),
+                    _mm256_cvtph_ps(_mm_loadu_si128(at.add(1))),
+                ])
+            }
+        }
+
+        #[inline(always)]
         unsafe fn dispatch<G: Group, const P: usize, const A: usize, const T: bool>(rows: usize, tile: Tile<G, P>) {
             by_height!(Self, rows, tile, A, T, 1 2 3 4 5 6)
         }
@@ -124,11 +155,11 @@ mod avx2 {
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::{
-        __m512, _mm_loadu_si128, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_fmadd_ps, _mm512_loadu_ps,
-        _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
+        __m512, _mm_loadu_si128, _mm256_loadu_si256, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtph_ps,
+        _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_mul_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_storeu_ps,
     };
 
-    use super::{Group, LANES, Tile, Vector};
+    use super::{Group, LANES, Tile, Vector, f16};
 
     /// All sixteen. Only for code that [`super::super::instructions`] runs where the processor has AVX-512.
     #[derive(Clone, Copy)]
@@ -169,6 +200,11 @@ mod avx512 {
                 let whole = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(whole.as_ptr().cast())));
                 Self(_mm512_mul_ps(whole, Self::load(scales).0))
             }
+        }
+
+        #[inline(always)]
+        fn widened(half: &[f16; LANES]) -> Self {
+            Self(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(half.as_ptr().cast())) })
         }
 
         #[inline(always)]
@@ -220,6 +256,10 @@ impl Vector for Portable {
 
     fn scaled(whole: &[i8; LANES], scales: &[f32; LANES]) -> Self {
         Self(std::array::from_fn(|j| f32::from(whole[j]) * scales[j]))
+    }
+
+    fn widened(half: &[f16; LANES]) -> Self {
+        Self(half.map(f16::to_f32))
     }
 
     unsafe fn dispatch<G: Group, const P: usize, const A: usize, const T: bool>(rows: usize, tile: Tile<G, P>) {

@@ -127,7 +127,7 @@ impl Llama {
             rope: &self.rope,
             shape,
         };
-        attend(&attention, &mut cache.layers[layer], pass.spans, &mut work.mixed);
+        attend(&attention, cache, layer, pass.spans, &mut work.mixed);
         if layer + 1 == self.blocks.len() {
             // Behind the last layer the head reads each span's last row alone.
             keep_last_rows(&mut work.x, hidden, pass.spans);

@@ -1,6 +1,6 @@
 //! What must hold of the network whatever its weights: independence of rows, of chunks, and of merging.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::ops::testing::assert_close;
 use crate::{Adapter, BlockTable, Dropout, KvCache, Llama, Quantization, Segment, TrainPass, cross_entropy};
@@ -15,7 +15,16 @@ fn network() -> anyhow::Result<Llama> {
 
 /// Logits after every prefix end given by `chunks`, each chunk one forward pass; the last chunk's are returned.
 fn run(llama: &Llama, prompts: &[&[u32]], chunk: usize, adapter: Option<&Adapter>) -> anyhow::Result<Vec<Tensor>> {
-    let mut cache = KvCache::new(llama, 256)?;
+    run_with(KvCache::new(llama, 256)?, llama, prompts, chunk, adapter)
+}
+
+fn run_with(
+    mut cache: KvCache,
+    llama: &Llama,
+    prompts: &[&[u32]],
+    chunk: usize,
+    adapter: Option<&Adapter>,
+) -> anyhow::Result<Vec<Tensor>> {
     let mut tables = vec![BlockTable::default(); prompts.len()];
     for (table, prompt) in tables.iter_mut().zip(prompts) {
         assert!(cache.reserve(table, prompt.len()));
@@ -64,6 +73,41 @@ fn prefill_in_chunks_gives_what_prefill_in_one_gives() -> anyhow::Result<()> {
             assert_close(got, want, 1e-5)?;
         }
     }
+    Ok(())
+}
+
+#[test]
+fn a_cache_of_16_bits_gives_the_logits_but_for_its_rounding_and_alike_in_every_chunk() -> anyhow::Result<()> {
+    let llama = network()?;
+    let half = |chunk| {
+        run_with(
+            KvCache::in_dtype(&llama, 256, DType::F16)?,
+            &llama,
+            &PROMPTS,
+            chunk,
+            None,
+        )
+    };
+    let (whole, want) = (half(100)?, run(&llama, &PROMPTS, 100, None)?);
+    for (got, want) in whole.iter().zip(&want) {
+        assert_close(got, want, 2e-3)?;
+        assert!(
+            (got - want)?.abs()?.max(0)?.to_scalar::<f32>()? > 0.0,
+            "nothing was rounded"
+        );
+    }
+    for chunk in [1, 2, 9] {
+        for (got, want) in half(chunk)?.iter().zip(&whole) {
+            assert_close(got, want, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_cache_in_a_dtype_that_nothing_runs_is_refused() -> anyhow::Result<()> {
+    let err = KvCache::in_dtype(&network()?, 256, DType::BF16).expect_err("bf16 beside f32 weights");
+    assert!(err.to_string().starts_with("a KV cache in bf16"), "{err}");
     Ok(())
 }
 

@@ -3,20 +3,21 @@
 use std::ops::Range;
 
 use super::{Scratch, Span, Step, weigh};
+use crate::cpu::cache::Stored;
 use crate::cpu::instructions::Kernel;
-use crate::cpu::panel::{LANES, Lane, NEAR, Output, Rows, ask_for, prefetch, tile_of};
+use crate::cpu::panel::{LANES, NEAR, Output, Rows, ask_for, prefetch, tile_of};
 use crate::cpu::registers::Vector;
 
 /// The only new token of `span`, for some key and value heads. Block by block and within a block head by head, which is how
 /// they lie.
-pub(super) struct One<'a> {
-    pub step: &'a Step<'a>,
+pub(super) struct One<'a, L> {
+    pub step: &'a Step<'a, L>,
     pub span: &'a Span<'a>,
     pub heads: Range<usize>,
     pub scratch: &'a mut Scratch,
 }
 
-impl Kernel for One<'_> {
+impl<L: Stored> Kernel for One<'_, L> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let Self {
@@ -55,7 +56,7 @@ impl Kernel for One<'_> {
     }
 }
 
-impl Step<'_> {
+impl<L: Stored> Step<'_, L> {
     /// - `q`: `[heads * group, head_dim]`
     /// - `scores`: `[heads * group, blocks * 16]`
     #[inline(always)]
@@ -73,7 +74,7 @@ impl Step<'_> {
                     for r in (h * group..(h + 1) * group).step_by(V::ROWS) {
                         let count = ((h + 1) * group - r).min(V::ROWS);
                         let q = Rows { data: q, stride: d }.from(r);
-                        tile_of::<V, Lane, 1>(q, count, ([keys], d), &out, (r, b * LANES), false, &[]);
+                        tile_of::<V, _, 1>(q, count, ([keys], d), &out, (r, b * LANES), false, &[]);
                     }
                 }
                 continue;
@@ -106,7 +107,7 @@ impl Step<'_> {
                 let values = [block, next].map(|block| self.cache.values(block, head + h));
                 for r in h * group..(h + 1) * group {
                     let weights = &scratch.scores[r * width + b * LANES..][..tokens];
-                    mix::<V>(weights, values, &mut scratch.sums[r * lanes..][..lanes]);
+                    mix::<V, L>(weights, values, &mut scratch.sums[r * lanes..][..lanes]);
                 }
             }
         }
@@ -124,14 +125,14 @@ impl Step<'_> {
         b: usize,
     ) -> usize {
         let d = self.attention.shape.head_dim;
-        let [keys, next]: [[&[Lane]; N]; 2] =
+        let [keys, next]: [[&[L]; N]; 2] =
             blocks.map(|block| std::array::from_fn(|i| self.cache.keys(block, head + h + i)));
         let q: [&[f32]; N] = std::array::from_fn(|i| &q[(h + i) * d..][..d]);
         let mut sums = [V::zero(); N];
         for i in 0..d {
             for n in 0..N {
                 ask_for::<_, NEAR>(&next[n][i]);
-                sums[n] = sums[n].plus(q[n][i], V::load(&keys[n][i].0));
+                sums[n] = sums[n].plus(q[n][i], keys[n][i].row(0));
             }
         }
         for (n, sum) in sums.into_iter().enumerate() {
@@ -148,30 +149,30 @@ impl Step<'_> {
 /// - `values`: `[head_dim / 16][16 tokens, 16]`, of this block and of the one that is asked for meanwhile
 /// - `sums`: `[head_dim / 16, 16]`
 #[inline(always)]
-fn mix<V: Vector>(weights: &[f32], values: [&[Lane]; 2], sums: &mut [f32]) {
+fn mix<V: Vector, L: Stored>(weights: &[f32], values: [&[L]; 2], sums: &mut [f32]) {
     let mut first = 0;
     let (sums, _) = sums.as_chunks_mut::<LANES>();
     while first < sums.len() {
         let (panels, values) = ((sums.len() - first).min(4), values.map(|v| &v[first * LANES..]));
         let sums = &mut sums[first..first + panels];
         match panels {
-            1 => mix_panels::<V, 1>(weights, values, sums),
-            2 => mix_panels::<V, 2>(weights, values, sums),
-            3 => mix_panels::<V, 3>(weights, values, sums),
-            _ => mix_panels::<V, 4>(weights, values, sums),
+            1 => mix_panels::<V, L, 1>(weights, values, sums),
+            2 => mix_panels::<V, L, 2>(weights, values, sums),
+            3 => mix_panels::<V, L, 3>(weights, values, sums),
+            _ => mix_panels::<V, L, 4>(weights, values, sums),
         }
         first += panels;
     }
 }
 
 #[inline(always)]
-fn mix_panels<V: Vector, const P: usize>(weights: &[f32], values: [&[Lane]; 2], sums: &mut [[f32; LANES]]) {
-    let [panels, next]: [[&[Lane]; P]; 2] = values.map(|v| std::array::from_fn(|p| &v[p * LANES..][..LANES]));
+fn mix_panels<V: Vector, L: Stored, const P: usize>(weights: &[f32], values: [&[L]; 2], sums: &mut [[f32; LANES]]) {
+    let [panels, next]: [[&[L]; P]; 2] = values.map(|v| std::array::from_fn(|p| &v[p * LANES..][..LANES]));
     let mut mixed: [V; P] = std::array::from_fn(|p| V::load(&sums[p]));
     for (t, weight) in weights.iter().enumerate().take(LANES) {
         for p in 0..P {
             ask_for::<_, NEAR>(&next[p][t]);
-            mixed[p] = mixed[p].plus(*weight, V::load(&panels[p][t].0));
+            mixed[p] = mixed[p].plus(*weight, panels[p][t].row(0));
         }
     }
     for (sum, mixed) in sums.iter_mut().zip(mixed) {

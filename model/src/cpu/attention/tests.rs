@@ -18,8 +18,10 @@ fn check(shape: AttentionShape) -> Result<()> {
         head_dim: shape.head_dim,
         ..crate::testing::config()
     };
-    let mut cache = HostCache::new(&config, 10);
-    let cache = &mut cache.layers[0];
+    let mut cache = HostCache::f32(&config, 10);
+    let HostCache::F32(layers) = &mut cache else {
+        unreachable!()
+    };
     let sequences = [(60, 2, vec![5, 9, 1, 2]), (1, 35, vec![7, 0, 3])];
     let q = random(&[61, shape.q_width()], 3)?;
     let (mut spans, mut wants, mut row, mut new) = (Vec::new(), Vec::new(), 0, [Vec::new(), Vec::new()]);
@@ -35,7 +37,7 @@ fn check(shape: AttentionShape) -> Result<()> {
         {
             let (position, head) = (at / shape.kv_heads, at % shape.kv_heads);
             // SAFETY: one thread.
-            unsafe { cache.shared() }.write((blocks[position / 16], position % 16), head, k, v);
+            unsafe { layers[0].shared() }.write((blocks[position / 16], position % 16), head, k, v);
         }
         for (all, x) in new.iter_mut().zip([&k, &v]) {
             all.extend(floats(&x.narrow(0, *start, *rows)?)?);
@@ -59,7 +61,7 @@ fn check(shape: AttentionShape) -> Result<()> {
         shape,
     };
     let mut got = vec![0f32; 61 * shape.q_width()];
-    attend(&attention, cache, &spans, &mut got);
+    attend(&attention, &mut cache, 0, &spans, &mut got);
     let got = Tensor::from_vec(got, (61, shape.q_width()), &Device::Cpu)?;
     assert_close(&got, &Tensor::cat(&wants, 0)?, 1e-5)
 }
@@ -96,8 +98,8 @@ fn a_token_attends_alike_as_part_of_a_prompt_and_by_itself() -> Result<()> {
     let [q, k, v] = [floats(&q)?, floats(&k)?, floats(&v)?];
     let rope = RopeTable::new(&[1.0 / 7.0; 16], 40);
     let norm = floats(&random(&[32], 4)?)?;
-    let run = |parts: &[usize]| {
-        let (mut cache, mut out, mut start) = (HostCache::new(&config, 3), Vec::new(), 0);
+    let run = |mut cache: HostCache, parts: &[usize]| {
+        let (mut out, mut start) = (Vec::new(), 0);
         for &rows in parts {
             let part = |x: &[f32]| x[start * 192..(start + rows) * 192].to_vec();
             let attention = Attention {
@@ -117,12 +119,15 @@ fn a_token_attends_alike_as_part_of_a_prompt_and_by_itself() -> Result<()> {
                 blocks: &blocks,
             };
             let mut rows_out = vec![0f32; rows * 192];
-            attend(&attention, &mut cache.layers[0], &[span], &mut rows_out);
+            attend(&attention, &mut cache, 0, &[span], &mut rows_out);
             out.extend(rows_out);
             start += rows;
         }
         out
     };
-    assert_eq!(run(&[40]), run(&[1; 40]), "the very bits");
+    for new in [HostCache::f32, HostCache::f16] {
+        let cache = || new(&config, 3);
+        assert_eq!(run(cache(), &[40]), run(cache(), &[1; 40]), "the very bits");
+    }
     Ok(())
 }

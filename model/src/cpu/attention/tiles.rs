@@ -3,20 +3,21 @@
 use std::ops::Range;
 
 use super::{Scratch, Span, Step, weigh};
+use crate::cpu::cache::Stored;
 use crate::cpu::instructions::Kernel;
-use crate::cpu::panel::{LANES, Lane, Output, Rows, tile_of};
+use crate::cpu::panel::{LANES, Output, Rows, tile_of};
 use crate::cpu::registers::Vector;
 
 /// The new tokens `rows` of a span, counted from its first, for the query heads of one key and value head.
-pub(super) struct Strip<'a> {
-    pub step: &'a Step<'a>,
+pub(super) struct Strip<'a, L> {
+    pub step: &'a Step<'a, L>,
     pub span: &'a Span<'a>,
     pub kv_head: usize,
     pub rows: Range<usize>,
     pub scratch: &'a mut Scratch,
 }
 
-impl Kernel for Strip<'_> {
+impl<L: Stored> Kernel for Strip<'_, L> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         for head in self.step.attention.shape.query_heads(self.kv_head) {
@@ -29,7 +30,7 @@ impl Kernel for Strip<'_> {
     }
 }
 
-impl Step<'_> {
+impl<L: Stored> Step<'_, L> {
     #[inline(always)]
     fn tile<V: Vector>(
         &self,
@@ -58,7 +59,7 @@ impl Step<'_> {
         let out = unsafe { Output::shared(&mut scratch.scores, width) };
         for (b, &block) in blocks.iter().enumerate() {
             let keys = self.cache.keys(block, kv_head);
-            tile_of::<V, Lane, 1>(q, count, ([keys], d), &out, (0, b * LANES), false, &[]);
+            tile_of::<V, _, 1>(q, count, ([keys], d), &out, (0, b * LANES), false, &[]);
         }
         scratch.inverses.clear();
         for (r, scores) in scratch.scores.chunks_exact_mut(width).enumerate() {
@@ -93,7 +94,7 @@ impl Step<'_> {
                 let tokens = (tokens - b * LANES).min(LANES);
                 let values = &self.cache.values(block, kv_head)[p * LANES..][..tokens];
                 let weights = weights.columns_from(b * LANES);
-                tile_of::<V, Lane, 1>(weights, count, ([values], tokens), &to, (0, 0), b > 0, &[]);
+                tile_of::<V, _, 1>(weights, count, ([values], tokens), &to, (0, 0), b > 0, &[]);
             }
             let columns = (d - p * LANES).min(LANES);
             for ((r, sums), inverse) in scratch.sums.chunks_exact(LANES).enumerate().zip(&scratch.inverses) {
