@@ -39,6 +39,8 @@ bench() {
         --num "$requests" --prompt-tokens 32 128 ${OURS:-} "$@"
 }
 ours() { line '{"strategies"' bench "$@"; }
+bench_f16() { bench --kv-cache-dtype f16 "$@" | sed 's/^{/{"cache": "f16", /'; }
+ours_f16() { line '{"cache"' bench_f16 "$@"; }
 note() { printf '{"note": "%s"}\n' "$*" >> "$output"; }
 
 # The work load for the peers; without it there is nothing to compare.
@@ -51,6 +53,7 @@ for repeat in $(seq "$repeats"); do
     ours --strategy vanilla,oracle,continuous --vbs --fcr --planner published,cost --batch-size 16
     ours --strategy seqsch --noise-mae 15.5 --vbs --fcr --planner published,cost --batch-size 16
     ours --strategy continuous --batch-size 64
+    ours_f16 --strategy continuous --batch-sizes 16,64
     modes="published"
     [ "$repeat" -gt "${VANILLA_REPEATS:-$repeats}" ] || modes="vanilla published"
     # shellcheck disable=SC2086

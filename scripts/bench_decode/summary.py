@@ -21,13 +21,14 @@ from statistics import median
 VLLM_MODES = ("compiled", "eager")
 
 
-def name_of(row):
-    """An engine's line, or a strategy of ours."""
+def name_of(row, cache):
+    """An engine's line, or a strategy of ours; with the dtype of the KV cache where that is not the weights'."""
     if "engine" in row:
         return row["engine"]
     parts = [row["strategy"]] + [flag for flag in ("vbs", "fcr") if row[flag]]
     parts += ["cost"] if row.get("cost_model") else []
-    return f"lengthwise {' + '.join(parts)}, {row['batch_size']} slots"
+    cache = f", {cache} cache" if cache else ""
+    return f"lengthwise {' + '.join(parts)}, {row['batch_size']} slots{cache}"
 
 
 def read(path):
@@ -47,7 +48,7 @@ def read(path):
             setup |= value["setup"]
         else:
             for row in value.get("strategies", [value]):
-                rates.setdefault(name_of(row), []).append((row["samples_per_s"], row["tokens_per_s"]))
+                rates.setdefault(name_of(row, value.get("cache")), []).append((row["samples_per_s"], row["tokens_per_s"]))
     return rates, setup, notes
 
 

@@ -34,7 +34,7 @@ fn help_is_printed_on_standard_output_and_is_no_failure() -> Result<()> {
 
 #[test]
 fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
-    let cases: [(&[&str], &str); 10] = [
+    let cases: [(&[&str], &str); 11] = [
         (&["nonsense"], "nonsense"),
         (&["label", "--input", "x"], "--output"),
         (&["label", "--input", "x", "--output", "y", "--bucket", "0"], "--bucket"),
@@ -58,6 +58,7 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
         (&["predict", "--device", "gpu", "text"], "gpu"),
         (&["predict", "--dtype", "f8", "text"], "f8"),
         (&["predict", "--quantize", "q4_0", "text"], "q8_0"),
+        (&["profile", "--kv-cache-dtype", "q8_0"], "f16"),
         // Weights in 8 bits are run, not trained on.
         (
             &["train", "--data", "x", "--output", "y", "--quantize", "q8_0"],

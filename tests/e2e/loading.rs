@@ -201,6 +201,19 @@ fn a_model_is_sampled_as_its_makers_say_where_the_user_says_nothing() -> Result<
 }
 
 #[test]
+fn a_cache_in_16_bits_answers_and_one_that_nothing_runs_is_one_line() -> Result<()> {
+    let instruction = "Write 30 words about rivers.";
+    let cached = |dtype: &str| generate("{}", &["--kv-cache-dtype", dtype], instruction);
+    let (code, text) = cached("f16")?;
+    assert_eq!((code, text.lines().count()), (Some(0), 4), "{text}");
+    assert_eq!(cached("f32")?, generate("{}", &[], instruction)?, "f32 is what auto is here");
+    let (code, text) = cached("bf16")?;
+    assert_eq!((code, text.lines().count()), (Some(1), 1), "{text}");
+    assert!(text.starts_with("error: a KV cache in bf16"), "{text}");
+    Ok(())
+}
+
+#[test]
 fn a_prompt_longer_than_the_models_positions_is_one_line() -> Result<()> {
     let (code, text) = generate("{}", &[], &"rivers ".repeat(2000))?;
     assert_eq!((code, text.lines().count()), (Some(1), 1), "{text}");
