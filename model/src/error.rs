@@ -130,8 +130,8 @@ pub enum ModelError {
     },
     /// A KV cache in a dtype that nothing here runs with such weights.
     #[error(
-        "a KV cache in {cache} runs only with f32 weights on the cpu (and cache in f16) or with weights in {cache}, not with \
-         {weights}: leave --kv-cache-dtype out"
+        "a KV cache in {cache} does not go with weights in {weights} on this device: leave --kv-cache-dtype out (f16 goes with \
+         f32 weights on the cpu)"
     )]
     CacheDTypeUnsupported {
         /// The dtype asked for.
