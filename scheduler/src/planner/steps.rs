@@ -19,24 +19,40 @@ pub(super) struct StepCosts(Vec<SizeCosts>);
 pub(super) struct SizeCosts {
     pub size: usize,
     prompts: f64,
-    /// Seconds from each point of the grid to the next, if nothing was done before.
+    /// Seconds from each point of the grid to the next at the usual price, if nothing was done before.
     cells: [f64; GRID],
     /// Seconds of a cell for each token that all have done before.
     per_done: f64,
+    /// The same beyond as many tokens as the usual price is for.
+    more_per_done: f64,
+    /// What the cached tokens cost more from each point of the grid to the next, if nothing was done before; below zero
+    /// as long as they are few enough, by what is then still to be done before.
+    more: [f64; GRID],
     width: f64,
 }
 
 impl StepCosts {
     /// `width`: tokens from one point of the grid to the next.
     pub fn of(cost: &CostModel, width: f64) -> Self {
+        // What cached tokens cost more depends on those from before as well.
+        let usual = CostModel {
+            many_cached_tokens: None,
+            ..*cost
+        };
         let of_size = |size: usize| {
             let rows = size as f64;
-            let cell = |g: usize| width * cost.decode_step(rows, PROMPT_TOKENS + (g as f64 + 0.5) * width);
+            let context = |g: usize| PROMPT_TOKENS + (g as f64 + 0.5) * width;
+            let more = |g: usize| {
+                let rise = cost.many_cached_tokens;
+                rise.map_or(0.0, |rise| width * rise.more * (rows * context(g) - rise.beyond))
+            };
             SizeCosts {
                 size,
                 prompts: rows * cost.prompt_token * PROMPT_TOKENS,
-                cells: std::array::from_fn(cell),
+                cells: std::array::from_fn(|g| width * usual.decode_step(rows, context(g))),
                 per_done: width * cost.cached_token,
+                more_per_done: cost.many_cached_tokens.map_or(0.0, |rise| width * rise.more),
+                more: std::array::from_fn(more),
                 width,
             }
         };
@@ -55,41 +71,58 @@ impl SizeCosts {
     /// Expected seconds of a batch of the last `size` requests before `end`, what it leaves undone included, and where it
     /// had best stop on the grid. `None` where that is not below `bound`, or where it would hold more than `room` tokens.
     pub fn batch(&self, sums: &Sums, end: usize, room: f64, may_stop: bool, bound: f64) -> Option<(f64, usize)> {
-        let first = end - self.size;
-        let (ended, ended_before) = (&sums.ended[end], &sums.ended[first]);
-        let (failures, failures_before) = (&sums.failures[end], &sums.failures[first]);
-        let done = sums.done[end] - sums.done[first];
-        let per_cell = done * self.per_done;
+        let done = sums.done[end] - sums.done[end - self.size];
         let room = ((room - done) / self.size as f64).max(self.width);
         let mut seconds = self.prompts;
         let mut before = 1.0;
         let mut best = (bound, GRID);
-        let mut running = [1.0; CHUNK];
-        for g in 0..GRID {
-            if g % CHUNK == 0 {
-                // The share of batches that run on after each point: a few in one loop, which is vectorised.
-                for (i, share) in running.iter_mut().enumerate() {
-                    *share = 1.0 - exp(ended[g + i] - ended_before[g + i]);
+        'steps: for from in (0..GRID).step_by(CHUNK) {
+            let chunk = self.chunk(sums, end, from, done);
+            for (i, g) in (from..from + CHUNK).enumerate() {
+                seconds += before * chunk.seconds[i];
+                before = chunk.running[i];
+                // What is spent already is no longer below what is known to do.
+                if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
+                    break 'steps;
                 }
-            }
-            seconds += before * (self.cells[g] + per_cell);
-            before = running[g % CHUNK];
-            // What is spent already is no longer below what is known to do.
-            if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
-                break;
-            }
-            let over = before < NOBODY || g == GRID - 1;
-            let whole = seconds + (failures[g] - failures_before[g]);
-            // Of stops that cost the same the latest: it leaves less to the model of failures.
-            if whole <= best.0 && (may_stop || over) {
-                best = (whole, if may_stop { g } else { GRID - 1 });
-            }
-            if over {
-                break;
+                let over = before < NOBODY || g == GRID - 1;
+                let whole = seconds + chunk.failures[i];
+                // Of stops that cost the same the latest: it leaves less to the model of failures.
+                if whole <= best.0 && (may_stop || over) {
+                    best = (whole, if may_stop { g } else { GRID - 1 });
+                }
+                if over {
+                    break 'steps;
+                }
             }
         }
         (best.0 < bound).then_some(best)
     }
+
+    /// A few points of the grid in one loop, which is vectorised.
+    fn chunk(&self, sums: &Sums, end: usize, from: usize, done: f64) -> Chunk {
+        let few = |points: &[f64; GRID]| -> [f64; CHUNK] { std::array::from_fn(|i| points[from + i]) };
+        let first = end - self.size;
+        let (ended, ended_before) = (few(&sums.ended[end]), few(&sums.ended[first]));
+        let (failures, failures_before) = (few(&sums.failures[end]), few(&sums.failures[first]));
+        let (cells, more) = (few(&self.cells), few(&self.more));
+        let (per_cell, more_per_cell) = (done * self.per_done, done * self.more_per_done);
+        Chunk {
+            running: std::array::from_fn(|i| 1.0 - exp(ended[i] - ended_before[i])),
+            seconds: std::array::from_fn(|i| cells[i] + per_cell + (more[i] + more_per_cell).max(0.0)),
+            failures: std::array::from_fn(|i| failures[i] - failures_before[i]),
+        }
+    }
+}
+
+/// A few points of the grid for one batch.
+struct Chunk {
+    /// The share of such batches that run on after each.
+    running: [f64; CHUNK],
+    /// Seconds from the point before.
+    seconds: [f64; CHUNK],
+    /// Expected seconds of finishing what a stop at each leaves undone.
+    failures: [f64; CHUNK],
 }
 
 /// `e^x` for x up to 0, within a millionth; 0 below -14. Without a call, so that a loop over it is vectorised: most of
