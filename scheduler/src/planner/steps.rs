@@ -71,58 +71,51 @@ impl SizeCosts {
     /// Expected seconds of a batch of the last `size` requests before `end`, what it leaves undone included, and where it
     /// had best stop on the grid. `None` where that is not below `bound`, or where it would hold more than `room` tokens.
     pub fn batch(&self, sums: &Sums, end: usize, room: f64, may_stop: bool, bound: f64) -> Option<(f64, usize)> {
-        let done = sums.done[end] - sums.done[end - self.size];
+        let first = end - self.size;
+        let (ended, ended_before) = (&sums.ended[end], &sums.ended[first]);
+        let (failures, failures_before) = (&sums.failures[end], &sums.failures[first]);
+        let done = sums.done[end] - sums.done[first];
+        let (per_cell, more_per_cell) = (done * self.per_done, done * self.more_per_done);
         let room = ((room - done) / self.size as f64).max(self.width);
         let mut seconds = self.prompts;
         let mut before = 1.0;
         let mut best = (bound, GRID);
-        'steps: for from in (0..GRID).step_by(CHUNK) {
-            let chunk = self.chunk(sums, end, from, done);
-            for (i, g) in (from..from + CHUNK).enumerate() {
-                seconds += before * chunk.seconds[i];
-                before = chunk.running[i];
-                // What is spent already is no longer below what is known to do.
-                if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
-                    break 'steps;
-                }
-                let over = before < NOBODY || g == GRID - 1;
-                let whole = seconds + chunk.failures[i];
-                // Of stops that cost the same the latest: it leaves less to the model of failures.
-                if whole <= best.0 && (may_stop || over) {
-                    best = (whole, if may_stop { g } else { GRID - 1 });
-                }
-                if over {
-                    break 'steps;
-                }
+        let mut running = [1.0; CHUNK];
+        for g in 0..GRID {
+            if g % CHUNK == 0 {
+                // The share of batches that run on after each point: a few in one loop, which is vectorised.
+                running = shares(&ended[g..g + CHUNK], &ended_before[g..g + CHUNK]);
+            }
+            let more = (self.more[g] + more_per_cell).max(0.0);
+            seconds += before * (self.cells[g] + per_cell + more);
+            before = running[g % CHUNK];
+            // What is spent already is no longer below what is known to do.
+            if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
+                break;
+            }
+            let over = before < NOBODY || g == GRID - 1;
+            let whole = seconds + (failures[g] - failures_before[g]);
+            // Of stops that cost the same the latest: it leaves less to the model of failures.
+            if whole <= best.0 && (may_stop || over) {
+                best = (whole, if may_stop { g } else { GRID - 1 });
+            }
+            if over {
+                break;
             }
         }
         (best.0 < bound).then_some(best)
     }
-
-    /// A few points of the grid in one loop, which is vectorised.
-    fn chunk(&self, sums: &Sums, end: usize, from: usize, done: f64) -> Chunk {
-        let few = |points: &[f64; GRID]| -> [f64; CHUNK] { std::array::from_fn(|i| points[from + i]) };
-        let first = end - self.size;
-        let (ended, ended_before) = (few(&sums.ended[end]), few(&sums.ended[first]));
-        let (failures, failures_before) = (few(&sums.failures[end]), few(&sums.failures[first]));
-        let (cells, more) = (few(&self.cells), few(&self.more));
-        let (per_cell, more_per_cell) = (done * self.per_done, done * self.more_per_done);
-        Chunk {
-            running: std::array::from_fn(|i| 1.0 - exp(ended[i] - ended_before[i])),
-            seconds: std::array::from_fn(|i| cells[i] + per_cell + (more[i] + more_per_cell).max(0.0)),
-            failures: std::array::from_fn(|i| failures[i] - failures_before[i]),
-        }
-    }
 }
 
-/// A few points of the grid for one batch.
-struct Chunk {
-    /// The share of such batches that run on after each.
-    running: [f64; CHUNK],
-    /// Seconds from the point before.
-    seconds: [f64; CHUNK],
-    /// Expected seconds of finishing what a stop at each leaves undone.
-    failures: [f64; CHUNK],
+/// The shares of batches that run on, of the logarithms of how likely all requests up to the last of a batch, and all
+/// before its first, have ended. On its own: within the loop that uses it, the compiler may leave it without vectors.
+#[inline(never)]
+fn shares(ended: &[f64], before: &[f64]) -> [f64; CHUNK] {
+    let mut shares = [0.0; CHUNK];
+    for ((share, ended), before) in shares.iter_mut().zip(ended).zip(before) {
+        *share = 1.0 - exp(ended - before);
+    }
+    shares
 }
 
 /// `e^x` for x up to 0, within a millionth; 0 below -14. Without a call, so that a loop over it is vectorised: most of
@@ -136,7 +129,9 @@ fn exp(x: f64) -> f64 {
     // |x| is at most ln 2 / 2: the next term of the series is below 4e-7 of the whole.
     let part = 1.0 + x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x / 720.0)))));
     let scale = f64::from_bits((rounded.to_bits() << 52).wrapping_add(1023 << 52));
-    if power < -20.2 { 0.0 } else { part * scale }
+    // A mask and not an `if`, which could become a branch that is often guessed wrong.
+    let keep = u64::from(power >= -20.2).wrapping_neg();
+    f64::from_bits((part * scale).to_bits() & keep)
 }
 
 #[cfg(test)]
