@@ -152,8 +152,7 @@ fn eliminate(mut m: [[f64; TERMS + 1]; TERMS]) -> Option<[f64; TERMS]> {
         let pivot = (column..TERMS).max_by(|&a, &b| m[a][column].abs().total_cmp(&m[b][column].abs()))?;
         m.swap(column, pivot);
         let scale = m[column][column];
-        // Not `<`, so that NaN is none.
-        if !(scale.abs() >= 1e-12) {
+        if scale.is_nan() || scale.abs() < 1e-12 {
             return None;
         }
         m[column] = m[column].map(|v| v / scale);

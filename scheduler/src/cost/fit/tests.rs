@@ -96,7 +96,8 @@ fn noise_is_no_price_that_rises() {
     for seed in 0..20usize {
         let mut points = points(&LINEAR);
         for (i, point) in points.iter_mut().enumerate() {
-            let bit = (i * i * 7 + i * (2 * seed + 3) + seed) * 2_654_435_761 >> 13 & 1;
+            let mixed = (i * i * 7 + i * (2 * seed + 3) + seed) * 2_654_435_761;
+            let bit = (mixed >> 13) & 1;
             point.step *= if bit == 0 { 0.96 } else { 1.04 };
         }
         let got = CostModel::fit(&points).expect("enough points");
