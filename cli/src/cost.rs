@@ -13,15 +13,18 @@ use serde::{Deserialize, Serialize};
 use crate::commands::profile::{ProfilePoint, profile_point};
 use crate::progress::Bar;
 
-/// Batch sizes and contexts that are measured: enough to tell the terms apart, few enough for a minute at most.
-const POINTS: [(usize, usize); 8] = [
+/// Batch sizes and contexts that are measured: enough to tell the terms apart, rows from cached tokens and few from many of
+/// each, few enough for a minute or so.
+const POINTS: [(usize, usize); 10] = [
     (1, 32),
-    (1, 256),
+    (1, 512),
     (4, 128),
     (8, 32),
     (16, 32),
     (16, 128),
+    (16, 512),
     (32, 96),
+    (64, 32),
     (64, 128),
 ];
 /// A profile that stops below such batches is not kept: the planner would have to guess what large ones cost.
@@ -119,4 +122,23 @@ fn path(model: &LoadedModel, config: EngineConfig) -> Option<PathBuf> {
     let mut hasher = std::hash::SipHasher::new();
     hasher.write(what.as_bytes());
     Some(cache.join(format!("lengthwise/profiles/{:016x}.json", hasher.finish())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lengthwise_scheduler::Rise;
+
+    #[test]
+    fn a_profile_kept_before_prices_could_rise_is_a_plain_sum() -> anyhow::Result<()> {
+        let text = r#"{"cost":{"step":0.5,"row":0.25,"cached_token":0.125,"prompt_token":1.0},"points":[]}"#;
+        let mut profile: Profile = serde_json::from_str(text)?;
+        // 0.5 + 2 × (0.25 + 4 × 0.125).
+        assert_eq!(profile.cost.decode_step(2.0, 4.0), 2.0);
+        assert_eq!(serde_json::to_string(&profile)?, text, "and is written as before");
+        profile.cost.many_rows = Some(Rise { beyond: 1.0, more: 8.0 });
+        let again: Profile = serde_json::from_str(&serde_json::to_string(&profile)?)?;
+        assert_eq!(again.cost, profile.cost);
+        Ok(())
+    }
 }

@@ -254,6 +254,7 @@ fn batches_planned_by_cost_give_the_same_answers_also_in_a_cache_too_small() -> 
             row,
             cached_token: 1e-7,
             prompt_token: 1e-5,
+            ..CostModel::default()
         };
         let planning = Planning {
             cost,

@@ -45,6 +45,7 @@ fn planning(criterion: &mut Criterion) {
         row: 1e-5,
         cached_token: 2e-8,
         prompt_token: 1e-5,
+        ..CostModel::default()
     };
     let by_cost = |history, distributions| {
         Some(Arc::new(Planning {

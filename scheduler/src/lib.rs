@@ -13,7 +13,7 @@ mod timeline;
 
 pub use admission::{AdmissionError, AdmissionOrder, AdmissionQueue, Waiting};
 pub use config::{Planning, ScheduleConfig, Strategy};
-pub use cost::{CostModel, CostPoint};
+pub use cost::{CostModel, CostPoint, Rise};
 pub use driver::{BatchExecutor, BatchRun, DriverError, Outcome, run_groups};
 pub use plan::{Job, PlannedBatch, plan_group};
 pub use simulate::{Machine, PROMPT_TOKENS, Simulated, SimulatedRequest, simulate};

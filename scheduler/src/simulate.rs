@@ -139,9 +139,10 @@ impl BatchExecutor for KnownLengths {
             let rows = batch.ids.len() as f64;
             let before: f64 = batch.ids.iter().map(|id| f64::from(had(id))).sum();
             let new = batch.ids.iter().filter(|id| had(id) == 0).count() as f64;
-            let context = PROMPT_TOKENS + before / rows + f64::from(steps) / 2.0;
+            let context = |step: u32| PROMPT_TOKENS + before / rows + f64::from(step) + 0.5;
             self.seconds += new * PROMPT_TOKENS * clock.prompt_token;
-            self.seconds += f64::from(steps) * clock.decode_step(rows, context);
+            // Step by step, since prices may rise on the way.
+            self.seconds += (0..steps).map(|s| clock.decode_step(rows, context(s))).sum::<f64>();
         }
         let outcome = |(id, &(_, ended)): (&RequestId, &(u32, bool))| match ended {
             true => (id.clone(), Outcome::Finished { tokens: length(id) }),

@@ -108,6 +108,8 @@ fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<Profil
 
 /// Runs of which the fastest counts.
 const REPEATS: usize = 3;
+/// Prompts that take so long, in milliseconds, are run twice alone and twice with their steps, the first run included.
+const LONG_MS: f64 = 1000.0;
 
 /// Times a batch whose sequences all have `context` tokens: once up to the first token, once `steps` further.
 pub fn profile_point(
@@ -142,12 +144,15 @@ pub fn profile_point(
         Ok(began.elapsed().as_secs_f64() * 1000.0)
     };
     // The least of a few: what else the machine does only adds, and a step is the small difference of two runs. The very
-    // first run only warms up.
-    time(1)?;
-    let (mut prefill_ms, mut whole) = (f64::INFINITY, f64::INFINITY);
-    for _ in 0..REPEATS {
-        prefill_ms = prefill_ms.min(time(1)?);
+    // first run mostly warms up.
+    let mut prefill_ms = time(1)?;
+    let repeats = if prefill_ms < LONG_MS { REPEATS } else { 2 };
+    let mut whole = f64::INFINITY;
+    for repeat in 0..repeats {
         whole = whole.min(time(1 + steps)?);
+        if repeat == 0 || prefill_ms < LONG_MS {
+            prefill_ms = prefill_ms.min(time(1)?);
+        }
     }
     Ok(ProfilePoint {
         batch_size,

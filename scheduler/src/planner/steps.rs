@@ -19,24 +19,40 @@ pub(super) struct StepCosts(Vec<SizeCosts>);
 pub(super) struct SizeCosts {
     pub size: usize,
     prompts: f64,
-    /// Seconds from each point of the grid to the next, if nothing was done before.
+    /// Seconds from each point of the grid to the next at the usual price, if nothing was done before.
     cells: [f64; GRID],
     /// Seconds of a cell for each token that all have done before.
     per_done: f64,
+    /// The same beyond as many tokens as the usual price is for.
+    more_per_done: f64,
+    /// What the cached tokens cost more from each point of the grid to the next, if nothing was done before; below zero
+    /// as long as they are few enough, by what is then still to be done before.
+    more: [f64; GRID],
     width: f64,
 }
 
 impl StepCosts {
     /// `width`: tokens from one point of the grid to the next.
     pub fn of(cost: &CostModel, width: f64) -> Self {
+        // What cached tokens cost more depends on those from before as well.
+        let usual = CostModel {
+            many_cached_tokens: None,
+            ..*cost
+        };
         let of_size = |size: usize| {
             let rows = size as f64;
-            let cell = |g: usize| width * cost.decode_step(rows, PROMPT_TOKENS + (g as f64 + 0.5) * width);
+            let context = |g: usize| PROMPT_TOKENS + (g as f64 + 0.5) * width;
+            let more = |g: usize| {
+                let rise = cost.many_cached_tokens;
+                rise.map_or(0.0, |rise| width * rise.more * (rows * context(g) - rise.beyond))
+            };
             SizeCosts {
                 size,
                 prompts: rows * cost.prompt_token * PROMPT_TOKENS,
-                cells: std::array::from_fn(cell),
+                cells: std::array::from_fn(|g| width * usual.decode_step(rows, context(g))),
                 per_done: width * cost.cached_token,
+                more_per_done: cost.many_cached_tokens.map_or(0.0, |rise| width * rise.more),
+                more: std::array::from_fn(more),
                 width,
             }
         };
@@ -59,7 +75,7 @@ impl SizeCosts {
         let (ended, ended_before) = (&sums.ended[end], &sums.ended[first]);
         let (failures, failures_before) = (&sums.failures[end], &sums.failures[first]);
         let done = sums.done[end] - sums.done[first];
-        let per_cell = done * self.per_done;
+        let (per_cell, more_per_cell) = (done * self.per_done, done * self.more_per_done);
         let room = ((room - done) / self.size as f64).max(self.width);
         let mut seconds = self.prompts;
         let mut before = 1.0;
@@ -68,11 +84,10 @@ impl SizeCosts {
         for g in 0..GRID {
             if g % CHUNK == 0 {
                 // The share of batches that run on after each point: a few in one loop, which is vectorised.
-                for (i, share) in running.iter_mut().enumerate() {
-                    *share = 1.0 - exp(ended[g + i] - ended_before[g + i]);
-                }
+                running = shares(&ended[g..g + CHUNK], &ended_before[g..g + CHUNK]);
             }
-            seconds += before * (self.cells[g] + per_cell);
+            let more = (self.more[g] + more_per_cell).max(0.0);
+            seconds += before * (self.cells[g] + per_cell + more);
             before = running[g % CHUNK];
             // What is spent already is no longer below what is known to do.
             if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
@@ -92,6 +107,17 @@ impl SizeCosts {
     }
 }
 
+/// The shares of batches that run on, of the logarithms of how likely all requests up to the last of a batch, and all
+/// before its first, have ended. On its own: within the loop that uses it, the compiler may leave it without vectors.
+#[inline(never)]
+fn shares(ended: &[f64], before: &[f64]) -> [f64; CHUNK] {
+    let mut shares = [0.0; CHUNK];
+    for ((share, ended), before) in shares.iter_mut().zip(ended).zip(before) {
+        *share = 1.0 - exp(ended - before);
+    }
+    shares
+}
+
 /// `e^x` for x up to 0, within a millionth; 0 below -14. Without a call, so that a loop over it is vectorised: most of
 /// the planning's time goes in here.
 fn exp(x: f64) -> f64 {
@@ -103,7 +129,9 @@ fn exp(x: f64) -> f64 {
     // |x| is at most ln 2 / 2: the next term of the series is below 4e-7 of the whole.
     let part = 1.0 + x * (1.0 + x * (0.5 + x * (1.0 / 6.0 + x * (1.0 / 24.0 + x * (1.0 / 120.0 + x / 720.0)))));
     let scale = f64::from_bits((rounded.to_bits() << 52).wrapping_add(1023 << 52));
-    if power < -20.2 { 0.0 } else { part * scale }
+    // A mask and not an `if`, which could become a branch that is often guessed wrong.
+    let keep = u64::from(power >= -20.2).wrapping_neg();
+    f64::from_bits((part * scale).to_bits() & keep)
 }
 
 #[cfg(test)]

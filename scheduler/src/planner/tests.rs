@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use proptest::prelude::*;
 
 use super::*;
-use crate::{CostModel, Strategy};
+use crate::{CostModel, Rise, Strategy};
 use lengthwise_core::Quantile;
 
 const COST: CostModel = CostModel {
@@ -13,6 +13,8 @@ const COST: CostModel = CostModel {
     row: 1e-3,
     cached_token: 0.0,
     prompt_token: 0.0,
+    many_rows: None,
+    many_cached_tokens: None,
 };
 
 fn jobs(predicted: &[u32]) -> Vec<Job> {
@@ -61,6 +63,62 @@ fn a_batch_stops_where_its_predictions_end_and_not_at_the_cap() {
     for batch in plan(&[100; 32], COST, true) {
         assert!((100..200).contains(&batch.stop_at), "{}", batch.stop_at);
     }
+}
+
+/// Sizes of the batches of `count` requests that have `done` tokens and end at `length`, as is known; they run to their
+/// ends.
+fn sizes(cost: CostModel, count: usize, done: u32, length: u32) -> Vec<usize> {
+    let group = jobs(&vec![length; count]);
+    let quantile = |probability, tokens| Quantile { probability, tokens };
+    let known = || vec![quantile(0.0, length - 1), quantile(1.0, length)];
+    let planning = Planning {
+        cost,
+        history: Vec::new(),
+        distributions: group.iter().map(|job| (job.id.clone(), known())).collect(),
+    };
+    let config = ScheduleConfig::new(Strategy::SeqSch);
+    let planner = Planner::new(&planning, &config, 1 << 20);
+    let stopped: Vec<(RequestId, u32)> = group.iter().map(|job| (job.id.clone(), done)).collect();
+    let batches = match done {
+        0 => planner.plan(&group),
+        _ => planner.plan_rest(&group, &stopped, ROUNDS),
+    };
+    batches.iter().map(|batch| batch.ids.len()).collect()
+}
+
+#[test]
+fn where_the_price_of_a_row_rises_batches_end_there() {
+    // A step is 1 s, rows cost nothing up to 16. A row of 16 has 1 / 16 of it, of 24 at 0.25 s a row more 3 / 24, of 12
+    // 1 / 12, of 48 9 / 48.
+    let flat = CostModel {
+        step: 1.0,
+        ..CostModel::default()
+    };
+    assert_eq!(sizes(flat, 48, 0, 80), [48]);
+    let rising = CostModel {
+        many_rows: Some(Rise {
+            beyond: 16.0,
+            more: 0.25,
+        }),
+        ..flat
+    };
+    assert_eq!(sizes(rising, 48, 0, 80), [16, 16, 16]);
+}
+
+#[test]
+fn where_the_price_of_a_cached_token_rises_what_was_done_before_counts() {
+    // A step is 1 s, and 1 s for each token beyond 2,000. Of 64 tokens of prompt and 48 of answer, 12 rows have 1,344;
+    // with 256 from before, 4 rows have 4 × 368 = 1,472 at the end, but 6 have 2,000 after 14 of the 48 steps.
+    let rising = CostModel {
+        step: 1.0,
+        many_cached_tokens: Some(Rise {
+            beyond: 2000.0,
+            more: 1.0,
+        }),
+        ..CostModel::default()
+    };
+    assert_eq!(sizes(rising, 12, 0, 48), [12]);
+    assert_eq!(sizes(rising, 12, 256, 304), [4, 4, 4]);
 }
 
 #[test]

@@ -60,6 +60,7 @@ fn a_failure_that_goes_on_costs_its_further_steps_alone() {
             row: 0.0,
             cached_token: 0.0,
             prompt_token: 1.0,
+            ..CostModel::default()
         }),
         resumes: true,
         timeline: true,
@@ -156,6 +157,7 @@ fn a_first_group_planned_by_cost_takes_a_fifth_less_time_than_by_the_published_r
             row,
             cached_token,
             prompt_token,
+            ..CostModel::default()
         };
         let machine = Machine {
             clock: Some(cost),
@@ -197,7 +199,7 @@ proptest! {
             max_new_tokens: cap,
             ..config(strategy, batch_size)
         }.with(vbs, fcr);
-        let cost = CostModel { step: 1e-3, row: 1e-4, cached_token: 1e-7, prompt_token: 1e-5 };
+        let cost = CostModel { step: 1e-3, row: 1e-4, cached_token: 1e-7, prompt_token: 1e-5, ..CostModel::default() };
         let planning = Planning { cost, history: Vec::new(), distributions: HashMap::new() };
         let config = config.planned_by(by_cost.then(|| Arc::new(planning)));
         let machine = Machine { clock: None, resumes, timeline: true };
