@@ -9,7 +9,8 @@ use std::sync::Arc;
 use criterion::{Criterion, criterion_group, criterion_main};
 use lengthwise_core::Quantile;
 use lengthwise_scheduler::{
-    BatchExecutor, BatchRun, CostModel, Job, Outcome, PlannedBatch, Planning, ScheduleConfig, Strategy, run_groups,
+    BatchExecutor, BatchRun, CostModel, Job, Outcome, PlannedBatch, Planning, Rise, ScheduleConfig, Strategy,
+    run_groups,
 };
 
 /// Answers at once, so that what is timed is the planning.
@@ -45,7 +46,14 @@ fn planning(criterion: &mut Criterion) {
         row: 1e-5,
         cached_token: 2e-8,
         prompt_token: 1e-5,
-        ..CostModel::default()
+        many_rows: Some(Rise {
+            beyond: 16.0,
+            more: 4e-5,
+        }),
+        many_cached_tokens: Some(Rise {
+            beyond: 4000.0,
+            more: 4e-8,
+        }),
     };
     let by_cost = |history, distributions| {
         Some(Arc::new(Planning {

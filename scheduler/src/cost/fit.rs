@@ -53,15 +53,12 @@ impl CostModel {
                 }
             }
         }
-        let (
-            _,
-            Fit {
-                terms,
-                rows,
-                cached_tokens,
-                ..
-            },
-        ) = best?;
+        let Fit {
+            terms,
+            rows,
+            cached_tokens,
+            ..
+        } = best?.1;
         let rise = |beyond: Option<f64>, more: f64| beyond.filter(|_| more > 0.0).map(|beyond| Rise { beyond, more });
         let tokens: f64 = points.iter().map(|p| p.batch_size * p.context).sum();
         Some(Self {
