@@ -60,7 +60,7 @@ impl Llama {
     /// Builds the network from weights under their Hugging Face names.
     ///
     /// # Errors
-    /// A tensor is missing, or its shape is not what the config says.
+    /// A tensor is missing, its shape is not what the config says, or the device has no room for all of them.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
         Self::load(config, weights, &mut ())
     }
@@ -70,6 +70,11 @@ impl Llama {
     /// # Errors
     /// As there.
     pub fn load(config: &ModelConfig, weights: &Weights, progress: &mut dyn OpenProgress) -> Result<Self, ModelError> {
+        weights.check_room(config)?;
+        Self::read(config, weights, progress).map_err(|err| weights.explain(err, config))
+    }
+
+    fn read(config: &ModelConfig, weights: &Weights, progress: &mut dyn OpenProgress) -> Result<Self, ModelError> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         // The layers, and what lies before and behind them.
         let parts = config.num_hidden_layers + 1;
