@@ -33,7 +33,8 @@ impl Weights {
 /// Bytes that the weights of `config` take in `dtype`, and what is added to them while the last layer is loaded: a matrix of
 /// its feed-forward half once more, or widened to f32 to be looked through. Loading takes no less.
 fn bytes_to_load(config: &ModelConfig, dtype: DType) -> usize {
-    elements(config) * dtype.size_in_bytes() + config.intermediate_size * config.hidden_size * DType::F32.size_in_bytes()
+    elements(config) * dtype.size_in_bytes()
+        + config.intermediate_size * config.hidden_size * DType::F32.size_in_bytes()
 }
 
 /// Elements of all weights of the network.
@@ -73,7 +74,10 @@ fn no_room(needed: usize, free: usize, dtype: DType) -> ModelError {
 
 /// Whether the driver had no memory left. candle keeps its error as text alone.
 fn says_out_of_memory(err: &candle_core::Error) -> bool {
-    err.to_string().to_ascii_lowercase().replace('_', " ").contains("out of memory")
+    err.to_string()
+        .to_ascii_lowercase()
+        .replace('_', " ")
+        .contains("out of memory")
 }
 
 /// Bytes that are free on the device, where that is known.
@@ -147,7 +151,9 @@ mod tests {
     #[test]
     fn the_drivers_words_are_known_and_others_are_kept() -> anyhow::Result<()> {
         let of = |text: &str| candle_core::Error::Msg(text.to_owned());
-        assert!(says_out_of_memory(&of(r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#)));
+        assert!(says_out_of_memory(&of(
+            r#"DriverError(CUDA_ERROR_OUT_OF_MEMORY, "out of memory")"#
+        )));
         assert!(!says_out_of_memory(&of("shape mismatch")));
         // On the CPU nothing is known of memory.
         let config = crate::testing::config();
