@@ -211,17 +211,16 @@ fn segments_with_and_without_the_adapter_share_a_pass() -> anyhow::Result<()> {
 #[test]
 fn hidden_states_come_with_the_tokens_in_the_order_of_their_segments() -> anyhow::Result<()> {
     let sequences = prompts();
-    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 6e-2), (DType::F16, 6e-3)] {
+    // In 16 bits both sides round in every layer; another row's state is off by one and more.
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 6e-2), (DType::F16, 6e-2)] {
         let llama = Llama::new(
             &configs()[0],
             &crate::testing::weights(&configs()[0], dtype, &Device::Cpu)?,
         )?;
         let adapter = adapter(&llama)?;
-        let of = |i: usize, adapter| {
-            llama
-                .last_hidden(&[&sequences[i]], adapter, None)?
-                .get(0)?
-                .to_vec1::<f32>()
+        let of = |i: usize, adapter| -> anyhow::Result<Vec<f32>> {
+            let hidden = llama.last_hidden(&[&sequences[i]], adapter, None)?;
+            Ok(hidden.get(0)?.to_vec1()?)
         };
         for mut cache in [KvCache::new(&llama, 256)?, KvCache::emulated(&llama, 256)?] {
             let mut tables = vec![BlockTable::default(); 3];
