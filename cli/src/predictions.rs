@@ -6,8 +6,9 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
+use candle_core::Device;
 use clap::Args;
-use lengthwise_core::{LengthEstimate, LengthPredictor, PredictInput, Prompt, Quantile, RequestId};
+use lengthwise_core::{LengthEstimate, LengthPredictor, PredictError, PredictInput, Prompt, Quantile, RequestId};
 use lengthwise_decoder::EngineConfig;
 use lengthwise_model::{Adapter, LengthHead, LoadedModel};
 use lengthwise_predictor::{
@@ -64,13 +65,18 @@ pub fn local_predictor(
     fallback: u32,
 ) -> anyhow::Result<Box<dyn LengthPredictor>> {
     if let Some(folder) = adapter.filter(|folder| LengthHead::is_in(folder)) {
-        let (config, device) = (model.network.config(), model.network.device());
-        let adapter = Arc::new(Adapter::load(folder, config, device)?);
-        let head = LengthHead::load(folder, config.hidden_size, device)?;
-        return Ok(Box::new(HeadPredictor::new(model.clone(), adapter, head)));
+        return Ok(Box::new(head_predictor(model, folder, model.network.device())?));
     }
     let decoder = local_decoder(model, adapter, default_slots(), EngineConfig::default())?;
     Ok(Box::new(LlmPredictor::new(decoder, question, fallback)))
+}
+
+/// The predictor of an adapter's folder that has a length head, which lies on `device`.
+pub fn head_predictor(model: &LoadedModel, folder: &Path, device: &Device) -> anyhow::Result<HeadPredictor> {
+    let config = model.network.config();
+    let adapter = Arc::new(Adapter::load(folder, config, model.network.device())?);
+    let head = LengthHead::load(folder, config.hidden_size, device)?;
+    Ok(HeadPredictor::new(model.clone(), adapter, head))
 }
 
 /// The predictor that the flags and the strategy name; `None` where predictions are read from a file or not needed.
@@ -133,6 +139,14 @@ pub fn look_up<T: Clone>(table: &HashMap<RequestId, T>, ids: &[RequestId], path:
     ids.iter().map(one).collect()
 }
 
+/// What was predicted; `None`, with a warning, where that failed.
+pub fn predicted<T>(result: Result<T, PredictError>, cap: u32) -> Option<T> {
+    let warn = |err: &PredictError| {
+        tracing::warn!("a length could not be predicted ({err}); going on with the cap of {cap}");
+    };
+    result.inspect_err(warn).ok()
+}
+
 /// Asks a predictor for every prompt. One that cannot be predicted gets the cap, with a warning.
 pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) -> anyhow::Result<Vec<LengthEstimate>> {
     let mut estimates = Vec::with_capacity(prompts.len());
@@ -143,12 +157,8 @@ pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) ->
             max_new_tokens: cap,
         };
         let inputs: Vec<PredictInput> = chunk.iter().map(input).collect();
-        estimates.extend(predictor.predict(&inputs)?.into_iter().map(|result| {
-            result.unwrap_or_else(|err| {
-                tracing::warn!("a length could not be predicted ({err}); going on with the cap of {cap}");
-                LengthEstimate::fallback(cap)
-            })
-        }));
+        let results = predictor.predict(&inputs)?.into_iter();
+        estimates.extend(results.map(|result| predicted(result, cap).unwrap_or(LengthEstimate::fallback(cap))));
         if began.elapsed() >= NO_BAR_FOR {
             let new = || Bar::new("predicting", prompts.len() as u64);
             bar.get_or_insert_with(new)

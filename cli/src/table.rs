@@ -154,6 +154,7 @@ pub mod tests {
             slot_steps,
             useful_tokens: 572,
             failures,
+            probe_tokens: 0,
         };
         let oracle = ScheduleConfig::new(Strategy::Oracle).with(true, true);
         vec![

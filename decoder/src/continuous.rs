@@ -5,8 +5,9 @@ use lengthwise_model::BLOCK_TOKENS;
 use lengthwise_scheduler::{AdmissionError, AdmissionQueue, ScheduleConfig, StrategyStats, Waiting};
 
 use crate::engine::Engine;
+use crate::probes::{Probed, Prober, Probes};
 use crate::sequence::Sequence;
-use crate::{Cancellation, OutputSink, PredictedRequest};
+use crate::{Cancellation, OutputSink, PredictedRequest, SequenceRequest};
 
 /// A sequence in a slot, and the share of the KV budget that it was admitted with.
 struct Running {
@@ -32,6 +33,7 @@ struct Slots<'a> {
     /// All requests, by number; that is the queue's until they are preempted.
     requests: Vec<Waiter>,
     running: Vec<Running>,
+    probes: Probes<'a>,
     cancellation: &'a Cancellation,
     stats: StrategyStats,
 }
@@ -39,12 +41,12 @@ struct Slots<'a> {
 /// Answers all requests, which were checked. A request is admitted when a slot is free and the KV cache has room for its
 /// prompt and its predicted answer. One that outgrows its prediction while the cache is full sends the last admitted back
 /// to the queue; that one goes on later, with the same answer. What a step does depends on the slots; of those that wait
-/// it looks at one more than it admits.
+/// it looks at one more than it admits, and at those that a prober predicts ahead.
 pub(crate) fn run(
     engine: &mut Engine,
     requests: Vec<PredictedRequest>,
     config: &ScheduleConfig,
-    cancellation: &Cancellation,
+    (cancellation, prober): (&Cancellation, Option<&dyn Prober>),
     on_output: &mut OutputSink,
 ) -> Result<StrategyStats, DecodeError> {
     let queue = AdmissionQueue::new(config.order, engine.cache_tokens());
@@ -53,6 +55,7 @@ pub(crate) fn run(
         queue,
         requests: requests.into_iter().map(Waiter::New).collect(),
         running: Vec::new(),
+        probes: Probes::new(prober),
         cancellation,
         stats: StrategyStats::default(),
     };
@@ -64,6 +67,7 @@ pub(crate) fn run(
         for mut running in std::mem::take(&mut slots.running) {
             slots.engine.evict(&mut running.sequence);
         }
+        slots.probes.drop_all(&mut slots.engine.cache);
     }
     result.map(|()| slots.stats)
 }
@@ -74,8 +78,7 @@ impl Slots<'_> {
             let Waiter::New(PredictedRequest { request, predicted }) = waiter else {
                 continue;
             };
-            let answer = self.engine.longest_answer(request).min((*predicted).max(1) as usize);
-            let tokens = request.prompt.len() + answer;
+            let tokens = need(self.engine, request, *predicted);
             enqueue(&mut self.queue, number as u32, *predicted, tokens).map_err(|err| too_small(&request.id, err))?;
         }
         Ok(())
@@ -95,11 +98,15 @@ impl Slots<'_> {
                 return Ok(());
             }
             self.reserve_all()?;
+            self.look_ahead(slots);
             let mut rows: Vec<&mut Sequence> = self.running.iter_mut().map(|r| &mut r.sequence).collect();
-            if self.engine.step_ahead(&mut rows)? {
+            let stepped = self.engine.step_ahead(&mut rows, &mut self.probes)?;
+            if stepped.is_launched {
                 self.stats.steps += 1;
                 self.stats.slot_steps += slots as u64;
             }
+            self.stats.probe_tokens += stepped.probe_tokens as u64;
+            self.learn(stepped.probed);
             self.collect(on_output)?;
         }
     }
@@ -126,6 +133,7 @@ impl Slots<'_> {
             };
             if asked.has(id) {
                 self.queue.cancel(queued);
+                self.probes.drop(number as u32, &mut self.engine.cache);
                 if let Some(sequence) = self.take(number) {
                     on_output(sequence.into_output())?;
                 }
@@ -146,6 +154,7 @@ impl Slots<'_> {
     fn admit(&mut self, slots: usize) {
         while self.running.len() < slots {
             let Some(next) = self.queue.admit() else { break };
+            self.probes.admitted(next.item);
             let Some(sequence) = self.take(next.item as usize) else {
                 self.queue.release(next.cache_tokens);
                 continue;
@@ -163,13 +172,56 @@ impl Slots<'_> {
         }
     }
 
-    /// Gives every running sequence the blocks for its next pass, the longest in a slot first; where they run out, the
-    /// last admitted waits again.
+    /// Opens probes for the requests that are next, where lengths are predicted in the passes.
+    fn look_ahead(&mut self, slots: usize) {
+        let most_tokens = self.engine.longest_probe();
+        while let Some(number) = self.probes.look(slots).filter(|number| *number < self.requests.len()) {
+            let (id, waits) = match &self.requests[number] {
+                Waiter::New(new) => (&new.request.id, true),
+                // It outgrew what it was given, and gets room for the longest answer.
+                Waiter::Preempted(..) => continue,
+                Waiter::Away => match self.running.iter().find(|r| r.number as usize == number) {
+                    Some(running) => (&running.sequence.request.id, false),
+                    None => continue,
+                },
+            };
+            self.probes.open(number as u32, id, waits, most_tokens);
+        }
+    }
+
+    /// Takes note of lengths that probes have told: a request that waits is admitted by its own, and one that has a slot
+    /// keeps no more of the budget than it would have been given.
+    fn learn(&mut self, probed: Vec<Probed>) {
+        for (number, hidden) in probed {
+            let Some(prober) = self.probes.prober.filter(|_| self.probes.landed(number)) else {
+                continue;
+            };
+            if let Waiter::New(PredictedRequest { request, predicted }) = &mut self.requests[number as usize] {
+                if let Some(length) = prober.length(&request.id, &hidden) {
+                    *predicted = length;
+                    let tokens = need(self.engine, request, length).next_multiple_of(BLOCK_TOKENS);
+                    self.queue.revise(u64::from(number), length, tokens);
+                }
+            } else if let Some(running) = self.running.iter_mut().find(|r| r.number == number) {
+                let length = prober.length(&running.sequence.request.id, &hidden);
+                let tokens = length.map(|length| running.sequence.most_tokens(length).next_multiple_of(BLOCK_TOKENS));
+                let tokens = tokens.map_or(running.cache_tokens, |tokens| tokens.min(running.cache_tokens));
+                self.queue.release(running.cache_tokens - tokens);
+                running.cache_tokens = tokens;
+            }
+        }
+    }
+
+    /// Gives every running sequence the blocks for its next pass, the longest in a slot first; where they run out, probes
+    /// give theirs, and then the last admitted waits again.
     fn reserve_all(&mut self) -> Result<(), DecodeError> {
         let mut next = 0;
         while next < self.running.len() {
             if self.engine.reserve(&mut self.running[next].sequence) {
                 next += 1;
+                continue;
+            }
+            if self.probes.give_way(&mut self.engine.cache) {
                 continue;
             }
             // `check` saw to it that one sequence alone always fits, so the last is never the only one.
@@ -213,9 +265,15 @@ impl Slots<'_> {
             recording.leave(&request.id, self.stats.steps, tokens, finish.is_none());
         }
         self.engine.evict(&mut running.sequence);
+        self.probes.drop(running.number, &mut self.engine.cache);
         self.queue.release(running.cache_tokens);
         running
     }
+}
+
+/// What a request needs of the KV cache, in tokens: its prompt, and as long an answer as is predicted or possible.
+fn need(engine: &Engine, request: &SequenceRequest, predicted: u32) -> usize {
+    request.prompt.len() + engine.longest_answer(request).min(predicted.max(1) as usize)
 }
 
 /// `tokens`: what it will need of the KV cache. Returns the queue's number for it.

@@ -4,52 +4,14 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lengthwise_core::DecodeError;
-use lengthwise_model::{
-    Adapter, BLOCK_TOKENS, DTypeChoice, Flight, KvCache, Llama, drawn_token, kv_bytes_per_token, tokens_that_fit,
-};
+use lengthwise_model::{Adapter, Flight, KvCache, Llama, Wanted, drawn_token};
 use lengthwise_scheduler::Timeline;
 
-use crate::SequenceRequest;
+use crate::budget::{cache_tokens, reserve_passes};
+use crate::probes::{Probed, Probes};
 use crate::recording::Recording;
 use crate::sequence::Sequence;
-
-/// How much the engine may hold and do at once.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EngineConfig {
-    /// What the KV cache may hold.
-    pub kv_budget: KvBudget,
-    /// Its dtype; `Auto` is the weights' own.
-    pub kv_dtype: DTypeChoice,
-    /// Most prompt tokens in one forward pass; longer prompts are run in chunks.
-    pub max_prefill_tokens: usize,
-}
-
-impl Default for EngineConfig {
-    fn default() -> Self {
-        Self {
-            kv_budget: KvBudget::Memory,
-            kv_dtype: DTypeChoice::Auto,
-            max_prefill_tokens: 2048,
-        }
-    }
-}
-
-/// Size of the KV cache.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum KvBudget {
-    /// What fits [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
-    Memory,
-    /// So many tokens.
-    Tokens(usize),
-    /// As many tokens as fit so many bytes.
-    Bytes(usize),
-}
-
-/// Size of the KV cache on a CPU where none is asked for.
-pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
-
-/// Sequences in a pass that a GPU's memory is taken for at once; more take more when they come.
-const EXPECTED_SLOTS: usize = 256;
+use crate::{EngineConfig, SequenceRequest};
 
 /// A model with a KV cache, and an adapter or none.
 pub struct Engine {
@@ -66,27 +28,25 @@ pub struct Engine {
     pub(crate) recording: Option<Recording>,
 }
 
-/// A pass, and whose tokens it draws: the number of each segment's sequence, or none.
+/// A pass, and whose tokens it draws: the number of each sequence's, or none.
 struct Launched {
     flight: Flight,
     runs: Vec<Option<u64>>,
+    /// The requests whose lengths the hidden states that it gives tell.
+    probed: Vec<u32>,
+    /// Tokens of probes in it.
+    probe_tokens: usize,
 }
 
-/// Tokens of the KV cache: those asked for; else on a GPU what its memory holds, and on a CPU a fixed size.
-fn cache_tokens(model: &Llama, config: &EngineConfig) -> Result<usize, DecodeError> {
-    // Whole blocks: the cache rounds up, and a budget is not to be exceeded.
-    let dtype = config.kv_dtype.of_cache(model.dtype());
-    let block = BLOCK_TOKENS * kv_bytes_per_token(model.config(), dtype);
-    let fit = |bytes: usize| bytes / block * BLOCK_TOKENS;
-    match config.kv_budget {
-        KvBudget::Tokens(tokens) => Ok(tokens),
-        KvBudget::Bytes(bytes) => Ok(fit(bytes)),
-        KvBudget::Memory => {
-            let rows = config.max_prefill_tokens + EXPECTED_SLOTS;
-            let free = tokens_that_fit(model, rows, EXPECTED_SLOTS).map_err(DecodeError::model)?;
-            Ok(free.unwrap_or(fit(DEFAULT_CACHE_BYTES)))
-        }
-    }
+/// What [`Engine::step_ahead`] did.
+#[derive(Default)]
+pub(crate) struct Stepped {
+    /// Whether there was anything to launch.
+    pub is_launched: bool,
+    /// Tokens of probes in what was launched.
+    pub probe_tokens: usize,
+    /// What probes of the pass that was waited for gave.
+    pub probed: Vec<Probed>,
 }
 
 impl Engine {
@@ -114,9 +74,7 @@ impl Engine {
         config: EngineConfig,
         mut cache: KvCache,
     ) -> Result<Self, DecodeError> {
-        cache
-            .reserve_passes(config.max_prefill_tokens + EXPECTED_SLOTS, EXPECTED_SLOTS)
-            .map_err(DecodeError::model)?;
+        reserve_passes(&mut cache, &config)?;
         Ok(Self {
             model,
             adapter,
@@ -198,27 +156,34 @@ impl Engine {
     /// One forward pass: every sequence's next token, or a chunk of its prompt. Each must have its blocks reserved
     /// for all its pending tokens.
     pub(crate) fn step(&mut self, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
-        match self.launch(sequences)? {
-            Some(launched) => self.land(launched, sequences),
-            None => Ok(()),
+        if let Some(launched) = self.launch(sequences, &mut Probes::default())? {
+            self.land(launched, sequences)?;
         }
+        Ok(())
     }
 
-    /// As [`Engine::step`], but where the device allows it the pass is only launched, and the one before is waited for:
-    /// while the host works on that one's tokens, the device is at the next. A sequence's end is so seen one pass late.
-    ///
-    /// Returns whether there was anything to launch.
-    pub(crate) fn step_ahead(&mut self, sequences: &mut [&mut Sequence]) -> Result<bool, DecodeError> {
-        let launched = self.launch(sequences)?;
-        let is_launched = launched.is_some();
+    /// As [`Engine::step`], with probes behind the sequences; but where the device allows it the pass is only launched, and
+    /// the one before is waited for: while the host works on that one's tokens, the device is at the next. A sequence's end
+    /// is so seen one pass late.
+    pub(crate) fn step_ahead(
+        &mut self,
+        sequences: &mut [&mut Sequence],
+        probes: &mut Probes,
+    ) -> Result<Stepped, DecodeError> {
+        let launched = self.launch(sequences, probes)?;
+        let mut stepped = Stepped {
+            is_launched: launched.is_some(),
+            probe_tokens: launched.as_ref().map_or(0, |launched| launched.probe_tokens),
+            probed: Vec::new(),
+        };
         let before = match self.cache.overlaps() {
             true => std::mem::replace(&mut self.ahead, launched),
             false => launched,
         };
         if let Some(before) = before {
-            self.land(before, sequences)?;
+            stepped.probed = self.land(before, sequences)?;
         }
-        Ok(is_launched)
+        Ok(stepped)
     }
 
     /// Forgets the last pass that [`Engine::step_ahead`] launched; nobody waits for its tokens.
@@ -226,16 +191,32 @@ impl Engine {
         self.ahead = None;
     }
 
-    fn launch(&mut self, sequences: &mut [&mut Sequence]) -> Result<Option<Launched>, DecodeError> {
-        let counts = self.share_prefill(sequences);
+    fn launch(
+        &mut self,
+        sequences: &mut [&mut Sequence],
+        probes: &mut Probes,
+    ) -> Result<Option<Launched>, DecodeError> {
+        let (counts, left) = self.share_prefill(sequences);
         let passes = sequences.iter_mut().zip(&counts).filter(|(_, n)| **n > 0);
-        let (segments, mut samplers): (Vec<_>, Vec<_>) = passes.map(|(s, n)| s.pass(*n)).unzip();
+        let (mut segments, mut wanted): (Vec<_>, Vec<_>) = passes.map(|(s, n)| s.pass(*n)).unzip();
         if segments.is_empty() {
             return Ok(None);
         }
+        probes.reserve(&mut self.cache, left);
+        let mut adapter = self.adapter.as_deref();
+        let rows = segments.len();
+        for (segment, is_last) in probes.segments() {
+            segments.push(segment);
+            wanted.push(if is_last { Wanted::Hidden } else { Wanted::Nothing });
+        }
+        if segments.len() > rows {
+            // The engine has no adapter of its own where there are probes.
+            adapter = probes.prober.map(|prober| prober.adapter());
+            segments[..rows].iter_mut().for_each(|segment| segment.adapted = false);
+        }
         let flight = self
             .model
-            .launch(&segments, &mut self.cache, self.adapter.as_deref(), &mut samplers)
+            .launch(&segments, &mut self.cache, adapter, &mut wanted)
             .map_err(DecodeError::model)?;
         let ran = sequences.iter_mut().zip(counts).filter(|(_, n)| *n > 0);
         let mut runs = Vec::new();
@@ -247,25 +228,32 @@ impl Engine {
             });
             runs.push(draws.then_some(run));
         }
-        Ok(Some(Launched { flight, runs }))
+        let (probe_tokens, probed) = probes.advance(&mut self.cache);
+        Ok(Some(Launched {
+            flight,
+            runs,
+            probed,
+            probe_tokens,
+        }))
     }
 
-    /// Waits for a pass and gives its tokens to their sequences; those that are gone have none to take.
-    fn land(&self, launched: Launched, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
-        let tokens = launched.flight.land().map_err(DecodeError::model)?;
-        let drawn = launched.runs.into_iter().zip(tokens);
+    /// Waits for a pass and gives its tokens to their sequences; those that are gone have none to take. Returns what its
+    /// probes gave.
+    fn land(&self, launched: Launched, sequences: &mut [&mut Sequence]) -> Result<Vec<Probed>, DecodeError> {
+        let landed = launched.flight.land().map_err(DecodeError::model)?;
+        let drawn = launched.runs.into_iter().zip(landed.tokens);
         let mut drawn: HashMap<u64, u32> = drawn.filter_map(|(run, token)| Some((run?, token))).collect();
         for sequence in sequences {
             if let Some(token) = sequence.run.and_then(|run| drawn.remove(&run)) {
                 sequence.see(token, &self.eos);
             }
         }
-        Ok(())
+        Ok(launched.probed.into_iter().zip(landed.hidden).collect())
     }
 
     /// How many tokens of each sequence go into the next pass: decoding rows always one, prompts share what a pass
-    /// may prefill, first come first.
-    fn share_prefill(&self, sequences: &[&mut Sequence]) -> Vec<usize> {
+    /// may prefill, first come first. And how many that leaves.
+    fn share_prefill(&self, sequences: &[&mut Sequence]) -> (Vec<usize>, usize) {
         let mut left = self.config.max_prefill_tokens;
         let share = |sequence: &&mut Sequence| match sequence.pending() {
             _ if sequence.ends_unseen() => 0,
@@ -276,7 +264,25 @@ impl Engine {
                 count
             }
         };
-        sequences.iter().map(share).collect()
+        (sequences.iter().map(share).collect(), left)
+    }
+
+    /// That the adapter of a pass is free for probes.
+    ///
+    /// # Errors
+    /// The engine's sequences have one of their own.
+    pub(crate) fn check_probes(&self) -> Result<(), DecodeError> {
+        match self.adapter {
+            Some(_) => Err(DecodeError::model(
+                "a pass takes one adapter, and this engine's answers have one",
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// Most tokens that a probe may have.
+    pub(crate) fn longest_probe(&self) -> usize {
+        self.cache.capacity().min(self.model.config().max_position_embeddings)
     }
 
     /// Gives a sequence the blocks for its pending tokens. False where the cache is full.

@@ -1,7 +1,7 @@
 //! One request on its way through the decoder.
 
 use lengthwise_core::{FinishReason, RequestId, SamplingParams};
-use lengthwise_model::{BlockTable, Sampler, Segment};
+use lengthwise_model::{BlockTable, Sampler, Segment, Wanted};
 
 /// A tokenised request.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,9 +99,9 @@ impl Sequence {
         self.cached
     }
 
-    /// The next `count` tokens that the cache does not hold yet, for a forward pass, and what draws the token that
+    /// The next `count` tokens that the cache does not hold yet, for a forward pass, and what is wanted of it: the token that
     /// follows them, if one does.
-    pub fn pass(&mut self, count: usize) -> (Segment<'_>, Option<&mut Sampler>) {
+    pub fn pass(&mut self, count: usize) -> (Segment<'_>, Wanted<'_>) {
         let draws = count == self.pending() && self.finish.is_none();
         let segment = Segment {
             tokens: &self.tokens[self.cached..self.cached + count],
@@ -109,7 +109,10 @@ impl Sequence {
             table: &self.table,
             adapted: true,
         };
-        (segment, draws.then_some(&mut self.sampler))
+        match draws {
+            true => (segment, Wanted::Token(&mut self.sampler)),
+            false => (segment, Wanted::Nothing),
+        }
     }
 
     /// After a forward pass over `count` tokens was launched: where those were the last, a token follows that has not

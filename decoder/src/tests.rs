@@ -16,6 +16,7 @@ use crate::{Engine, EngineConfig, KvBudget, PredictedRequest, SequenceOutput, Se
 mod cancellation;
 #[cfg(feature = "kernel-emulation")]
 mod emulated;
+mod probes;
 mod timeline;
 
 const CONFIG: &str = r#"{"model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 48,

@@ -147,6 +147,18 @@ pub enum ModelError {
         /// Bytes that are free.
         free: usize,
     },
+    /// The device cannot hold the weights.
+    #[error("the weights need {needed} bytes in {dtype}, the device has {free} free: {advice}")]
+    NoMemoryForWeights {
+        /// Bytes that loading them takes at least.
+        needed: usize,
+        /// Bytes that are free.
+        free: usize,
+        /// The dtype that they are to have.
+        dtype: String,
+        /// What may help.
+        advice: &'static str,
+    },
     /// Every logit is NaN or infinite.
     #[error("the model's logits are not finite: the weights are damaged, or the dtype is too narrow for them")]
     NonFiniteLogits,

@@ -29,7 +29,12 @@ pub(crate) enum Store {
     #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
     Gpu(Box<crate::gpu::GpuCache>),
     /// Tensors `[blocks * BLOCK_TOKENS, kv_heads * head_dim]`, one of each per layer.
-    Tensors { keys: Vec<Tensor>, values: Vec<Tensor> },
+    Tensors {
+        keys: Vec<Tensor>,
+        values: Vec<Tensor>,
+        /// What the last pass' head read, `[segments, hidden]`.
+        normed: Option<Tensor>,
+    },
 }
 
 impl Store {
@@ -56,6 +61,7 @@ impl Store {
         Ok(Self::Tensors {
             keys: layers()?,
             values: layers()?,
+            normed: None,
         })
     }
 }
@@ -156,6 +162,18 @@ impl KvCache {
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
             Store::Gpu(_) => true,
             _ => false,
+        }
+    }
+
+    /// What the last pass' head read of segment number `segment`, `[width]`: a hidden state of the model's width. Of a pass
+    /// that ran here: from a GPU a flight brings it.
+    pub(crate) fn hidden_of(&self, segment: usize, width: usize) -> Result<Vec<f32>, ModelError> {
+        match &self.store {
+            Store::Host(_, work) => Ok(work.normed[segment * width..][..width].to_vec()),
+            Store::Tensors {
+                normed: Some(normed), ..
+            } => Ok(normed.get(segment)?.to_dtype(DType::F32)?.to_vec1()?),
+            _ => unreachable!("asked behind a pass on the host"),
         }
     }
 

@@ -30,7 +30,9 @@ pub use hub::{Hub, HubConfig, HubError, HubId};
 pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token, tokens_that_fit};
 pub use length_head::{LengthBins, LengthDistribution, LengthHead, LengthHeadConfig, QUANTILES, largest_of};
 pub use lora::{Adapter, Dropout, LinearKind, LoraConfig, TargetModules};
-pub use network::{Flight, GradientSink, Llama, ProductTiming, Segment, TrainPass, TrainingMemory, drawn_token};
+pub use network::{
+    Flight, GradientSink, Landed, Llama, ProductTiming, Segment, TrainPass, TrainingMemory, Wanted, drawn_token,
+};
 pub use ops::cross_entropy;
 pub use precision::{DTypeChoice, Precision, Quantization};
 pub use progress::OpenProgress;

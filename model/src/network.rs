@@ -27,7 +27,7 @@ use crate::ops::{self, RopeTable};
 use crate::{ModelConfig, ModelError, OpenProgress, Quantization, Weights};
 
 use block::Block;
-pub use draw::{Flight, drawn_token};
+pub use draw::{Flight, Landed, Wanted, drawn_token};
 use linear::Weight;
 pub use pass::Segment;
 use pass::{Attention, Pass};
@@ -60,7 +60,7 @@ impl Llama {
     /// Builds the network from weights under their Hugging Face names.
     ///
     /// # Errors
-    /// A tensor is missing, or its shape is not what the config says.
+    /// A tensor is missing, its shape is not what the config says, or the device has no room for all of them.
     pub fn new(config: &ModelConfig, weights: &Weights) -> Result<Self, ModelError> {
         Self::load(config, weights, &mut ())
     }
@@ -70,6 +70,11 @@ impl Llama {
     /// # Errors
     /// As there.
     pub fn load(config: &ModelConfig, weights: &Weights, progress: &mut dyn OpenProgress) -> Result<Self, ModelError> {
+        weights.check_room(config)?;
+        Self::read(config, weights, progress).map_err(|err| weights.explain(err, config))
+    }
+
+    fn read(config: &ModelConfig, weights: &Weights, progress: &mut dyn OpenProgress) -> Result<Self, ModelError> {
         let (hidden, vocab) = (config.hidden_size, config.vocab_size);
         // The layers, and what lies before and behind them.
         let parts = config.num_hidden_layers + 1;
@@ -168,7 +173,7 @@ impl Llama {
                 };
                 self.forward_host(&pass, host, workspace, &mut cache.logits)?;
             }
-            Store::Tensors { keys, values } => {
+            Store::Tensors { keys, values, normed } => {
                 let rows = pass::cached_rows(segments);
                 let pass = Pass {
                     positions,
@@ -183,9 +188,9 @@ impl Llama {
                     },
                 };
                 let sequences: Vec<&[u32]> = segments.iter().map(|s| s.tokens).collect();
-                let hidden = self.hidden(&tokens, &pass, &last_positions(&sequences))?;
-                let logits = self.logits(&hidden)?;
-                cache.logits = logits.flatten_all()?.to_vec1()?;
+                let hidden = self.normed(&self.hidden(&tokens, &pass, &last_positions(&sequences))?)?;
+                cache.logits = self.head(&hidden)?.flatten_all()?.to_vec1()?;
+                *normed = Some(hidden);
             }
         }
         Ok(&cache.logits)
@@ -307,7 +312,12 @@ impl Llama {
 
     /// Of hidden states before the last norm; `[rows, vocab]` in f32.
     fn logits(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {
-        Ok(self.lm_head.product(&self.normed(hidden)?)?.to_dtype(DType::F32)?)
+        self.head(&self.normed(hidden)?)
+    }
+
+    /// Of hidden states behind the last norm; `[rows, vocab]` in f32.
+    fn head(&self, normed: &Tensor) -> Result<Tensor, ModelError> {
+        Ok(self.lm_head.product(normed)?.to_dtype(DType::F32)?)
     }
 
     fn normed(&self, hidden: &Tensor) -> Result<Tensor, ModelError> {

@@ -2,6 +2,7 @@
 
 mod mapped;
 mod pickled;
+mod room;
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};

@@ -21,8 +21,17 @@ impl HeadPredictor {
         Self { model, adapter, head }
     }
 
-    /// The tokens of a prompt that the model can take: one position is left for the answer.
-    fn tokens(&self, input: &PredictInput) -> Result<Vec<u32>, PredictError> {
+    /// The adapter that the head was trained with.
+    pub fn adapter(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// The tokens of a prompt, with the length question where the head was trained to be asked, whose last hidden state
+    /// tells the length. One position of the model is left for the answer.
+    ///
+    /// # Errors
+    /// The prompt is empty or too long for the model.
+    pub fn tokens(&self, input: &PredictInput) -> Result<Vec<u32>, PredictError> {
         if input.prompt.is_blank() {
             return Err(PredictError::EmptyPrompt);
         }
@@ -43,12 +52,27 @@ impl HeadPredictor {
         Ok(tokens)
     }
 
-    fn estimates(&self, prompts: &[&[u32]]) -> Result<Vec<LengthEstimate>, ModelError> {
-        let (head, adapter) = (&self.head, Some(self.adapter.as_ref()));
-        let logits = head.predict(&self.model.network, adapter, prompts, PASS_TOKENS)?;
-        let distributions = head.distributions(&logits)?;
-        let point = head.config.point_probability;
+    /// The estimate that a hidden state tells: that of the last of [`HeadPredictor::tokens`], with the adapter, behind the
+    /// network's last norm.
+    ///
+    /// # Errors
+    /// It is not of this model's width, or not finite.
+    pub fn read(&self, hidden: &[f32]) -> Result<LengthEstimate, PredictError> {
+        let logits = self.head.read(hidden).map_err(PredictError::model)?;
+        let estimates = self.estimates(&[logits]).map_err(PredictError::model)?;
+        Ok(estimates.into_iter().next().expect("one for the one row of logits"))
+    }
+
+    fn estimates(&self, logits: &[Vec<f32>]) -> Result<Vec<LengthEstimate>, ModelError> {
+        let point = self.head.config.point_probability;
+        let distributions = self.head.distributions(logits)?;
         Ok(distributions.iter().map(|f| f.estimate(point)).collect())
+    }
+
+    fn predict_all(&self, prompts: &[&[u32]]) -> Result<Vec<LengthEstimate>, ModelError> {
+        let adapter = Some(self.adapter.as_ref());
+        let logits = self.head.predict(&self.model.network, adapter, prompts, PASS_TOKENS)?;
+        self.estimates(&logits)
     }
 }
 
@@ -56,7 +80,7 @@ impl LengthPredictor for HeadPredictor {
     fn predict(&mut self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, PredictError> {
         let prompts: Vec<_> = inputs.iter().map(|input| self.tokens(input)).collect();
         let accepted: Vec<&[u32]> = prompts.iter().flatten().map(Vec::as_slice).collect();
-        let mut estimates = self.estimates(&accepted).map_err(PredictError::model)?.into_iter();
+        let mut estimates = self.predict_all(&accepted).map_err(PredictError::model)?.into_iter();
         let result = |(prompt, input): (Result<_, PredictError>, &PredictInput)| {
             prompt.map(|_| {
                 let estimate = estimates.next().expect("one for every prompt that was accepted");
@@ -125,6 +149,13 @@ mod tests {
         let (first, capped) = (first.expect("predicted"), capped.expect("predicted"));
         assert_ne!(first, results[2].as_ref().expect("predicted"), "prompts differ");
         assert_eq!(capped, &first.clone().capped(9));
+        // The same of a hidden state that somebody else computed of the same tokens.
+        let tokens = predictor.tokens(&inputs[0])?;
+        let hidden = predictor
+            .model
+            .network
+            .last_hidden(&[&tokens], Some(predictor.adapter()), None)?;
+        assert_eq!(&predictor.read(&hidden.flatten_all()?.to_vec1::<f32>()?)?, first);
         assert!(predictor.predict(&[])?.is_empty());
         Ok(())
     }

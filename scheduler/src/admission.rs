@@ -139,11 +139,7 @@ impl<T> AdmissionQueue<T> {
             let (needed, budget) = (waiting.cache_tokens, self.budget);
             return Err(AdmissionError { needed, budget });
         }
-        let key = match self.order {
-            AdmissionOrder::FirstCome => 0,
-            AdmissionOrder::ShortestFirst => waiting.predicted,
-            AdmissionOrder::LongestFirst => u32::MAX - waiting.predicted,
-        };
+        let key = self.key(waiting.predicted);
         let arrival = self.arrivals;
         self.by_arrival.push_back(Some(key));
         self.by_order.insert(Place { key, arrival }, waiting);
@@ -156,6 +152,37 @@ impl<T> AdmissionQueue<T> {
             }),
         }
         Ok(arrival)
+    }
+
+    /// Where the order puts a request of this predicted length.
+    fn key(&self, predicted: u32) -> u32 {
+        match self.order {
+            AdmissionOrder::FirstCome => 0,
+            AdmissionOrder::ShortestFirst => predicted,
+            AdmissionOrder::LongestFirst => u32::MAX - predicted,
+        }
+    }
+
+    /// Changes what is known of a waiting request. False, and nothing changed, where it no longer waits or would need more
+    /// than the whole budget.
+    pub fn revise(&mut self, arrival: u64, predicted: u32, cache_tokens: usize) -> bool {
+        let key = self.key(predicted);
+        let at = arrival.checked_sub(self.oldest()).map(|at| at as usize);
+        let known = at.and_then(|at| self.by_arrival.get_mut(at)).and_then(Option::as_mut);
+        let Some(known) = known.filter(|_| cache_tokens <= self.budget) else {
+            return false;
+        };
+        let before = std::mem::replace(known, key);
+        let Some(waiting) = self.by_order.remove(&Place { key: before, arrival }) else {
+            return false;
+        };
+        let revised = Waiting {
+            predicted,
+            cache_tokens,
+            ..waiting
+        };
+        self.by_order.insert(Place { key, arrival }, revised);
+        true
     }
 
     /// The next request, if what it needs fits beside what is held; its share is held from now on. The first in order

@@ -17,6 +17,8 @@ pub struct StrategyStats {
     pub useful_tokens: u64,
     /// Requests that had not ended when their batch stopped.
     pub failures: u64,
+    /// Tokens of a predictor's prompts that went through the passes of the continuous mode beside the slots.
+    pub probe_tokens: u64,
 }
 
 impl StrategyStats {
@@ -114,6 +116,7 @@ mod tests {
             slot_steps: 100,
             useful_tokens: 60,
             failures: 1,
+            probe_tokens: 0,
         };
         let config = ScheduleConfig::new(Strategy::SeqSch).with(true, true);
         let row = stats.row(&config, None);

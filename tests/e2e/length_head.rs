@@ -88,6 +88,57 @@ fn every_command_uses_the_head_of_an_adapter() -> Result<()> {
     Ok(())
 }
 
+/// `generate` with the head of `folder` and these flags: the answers, and what was predicted of each.
+fn answers(folder: &Folder, name: &str, flags: &[&str]) -> Result<(Vec<Value>, Vec<Option<u64>>)> {
+    let (input, output, head) = (folder.text("in.jsonl"), folder.text(name), folder.text("head"));
+    let files = [
+        "generate",
+        "--max-new-tokens",
+        "60",
+        "--input",
+        &input,
+        "--output",
+        &output,
+        "--adapter",
+        &head,
+    ];
+    let run = succeed(&[&files[..], flags].concat())?;
+    assert_eq!(
+        run.stderr.contains("predicted in the decoder's passes"),
+        flags.contains(&"fcfs"),
+        "{}",
+        run.stderr
+    );
+    let mut answers = Vec::new();
+    let mut predicted = Vec::new();
+    for line in folder.read(name)?.lines() {
+        let mut value: Value = serde_json::from_str(line)?;
+        predicted.push(value["predicted_max_tokens"].take().as_u64());
+        answers.push(value);
+    }
+    Ok((answers, predicted))
+}
+
+#[test]
+fn lengths_predicted_in_the_decoders_passes_are_those_predicted_before() -> Result<()> {
+    let folder = trained()?;
+    let (want, before) = answers(&folder, "before.jsonl", &["--order", "ljf", "--batch-size", "4"])?;
+    assert!(before.iter().all(Option::is_some));
+    // Room for all, and for little more than one that reaches the cap.
+    for cache in ["65536", "256"] {
+        let flags = ["--order", "fcfs", "--batch-size", "4", "--kv-cache-tokens", cache];
+        let (got, predicted) = answers(&folder, &format!("{cache}.jsonl"), &flags)?;
+        assert_eq!(got, want, "{cache} tokens of cache");
+        let told = predicted.iter().zip(&before).filter(|(got, _)| got.is_some());
+        assert!(told.clone().count() >= 30, "{predicted:?}");
+        assert!(
+            told.clone().all(|(got, want)| got == want),
+            "{predicted:?}, want {before:?}"
+        );
+    }
+    Ok(())
+}
+
 #[test]
 fn a_damaged_head_is_one_line_and_exit_code_1() -> Result<()> {
     let folder = trained()?;

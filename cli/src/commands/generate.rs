@@ -1,5 +1,7 @@
 //! `generate`: answer every request of a file.
 
+mod in_passes;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use lengthwise_core::{DecodeError, FinishReason, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
-use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceOutput, run_controlled};
+use lengthwise_decoder::{Controls, LocalDecoder, PredictedRequest, Prober, SequenceOutput, run_controlled};
 use lengthwise_scheduler::{Planning, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
@@ -22,6 +24,7 @@ use crate::predictions::{
     CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
 use crate::progress::{Bar, rate};
+use in_passes::InPasses;
 
 /// Flags of `generate`.
 #[derive(Args)]
@@ -91,12 +94,21 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             let planning = history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)?;
             config = schedule(args, Some(&planning))?;
         }
+        let in_passes = in_passes::folder(args)
+            .map(|folder| InPasses::open(decoder.model(), folder, &waiting, args))
+            .transpose()?;
         let mut keep = |id, line: String| {
             journal.push(&line).map_err(DecodeError::sink)?;
             lines.insert(id, line);
             Ok(())
         };
-        stats = decode(&config, &waiting, requests, &mut decoder, &interrupt, &mut keep)?;
+        let decoding = Decoding {
+            config: &config,
+            records: &waiting,
+            in_passes: in_passes.as_ref(),
+            interrupt: &interrupt,
+        };
+        stats = decoding.run(requests, &mut decoder, &mut keep)?;
         if interrupt.is_asked() && lines.len() < records.len() {
             return Err(stopped(lines.len(), records.len(), &args.output));
         }
@@ -164,7 +176,11 @@ fn requests(
     };
     // Every request is checked before the first is predicted or decoded.
     let sequences = records.iter().map(request).collect::<Result<Vec<_>, _>>()?;
-    let predictor = predictor_for(args.strategy, &args.predictions, decoder.model(), cap)?;
+    let predictor = match in_passes::folder(args) {
+        // By the cap, until the passes have told more.
+        Some(_) => None,
+        None => predictor_for(args.strategy, &args.predictions, decoder.model(), cap)?,
+    };
     let estimates: Vec<LengthEstimate> = match (predictor, &args.predictions.predictions) {
         (Some(mut predictor), _) => {
             let mut estimates = Vec::with_capacity(records.len());
@@ -198,41 +214,63 @@ fn schedule(args: &GenerateArgs, planning: Option<&Arc<Planning>>) -> anyhow::Re
     }
 }
 
-/// Decodes the requests and hands over each answer as a line of the output.
-fn decode(
-    config: &ScheduleConfig,
-    records: &[&InstructionRecord],
-    requests: Vec<(PredictedRequest, u32)>,
-    decoder: &mut LocalDecoder,
-    interrupt: &Interrupt,
-    on_line: &mut dyn FnMut(RequestId, String) -> Result<(), DecodeError>,
-) -> anyhow::Result<StrategyStats> {
-    let by_id: HashMap<RequestId, (&InstructionRecord, usize, u32)> = records
-        .iter()
-        .zip(&requests)
-        .map(|(record, (r, largest))| (record.id.clone(), (*record, r.request.prompt.len(), *largest)))
-        .collect();
-    let predicts = config.strategy != Strategy::Vanilla;
-    let model = decoder.model().clone();
-    let requests: Vec<PredictedRequest> = requests.into_iter().map(|(request, _)| request).collect();
-    let mut bar = Bar::new("generate", requests.len() as u64);
-    let (mut done, mut tokens) = (0, 0);
-    let mut on_output = |output: SequenceOutput| {
-        if output.finish == FinishReason::Cancelled {
-            return Ok(());
-        }
-        (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
-        bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
-        let Some(&(record, prompt_tokens, predicted)) = by_id.get(&output.id) else {
-            return Ok(());
+/// Requests on their way to lines of the output.
+struct Decoding<'a> {
+    config: &'a ScheduleConfig,
+    records: &'a [&'a InstructionRecord],
+    /// Predicts them meanwhile, where they have not been predicted before.
+    in_passes: Option<&'a InPasses<'a>>,
+    interrupt: &'a Interrupt,
+}
+
+impl Decoding<'_> {
+    /// Decodes the requests, each with the largest length expected of it, and hands over each answer as a line.
+    fn run(
+        &self,
+        requests: Vec<(PredictedRequest, u32)>,
+        decoder: &mut LocalDecoder,
+        on_line: &mut dyn FnMut(RequestId, String) -> Result<(), DecodeError>,
+    ) -> anyhow::Result<StrategyStats> {
+        let by_id: HashMap<RequestId, (&InstructionRecord, usize, u32)> = self
+            .records
+            .iter()
+            .zip(&requests)
+            .map(|(record, (r, largest))| (record.id.clone(), (*record, r.request.prompt.len(), *largest)))
+            .collect();
+        let predicts = self.config.strategy != Strategy::Vanilla;
+        let model = decoder.model().clone();
+        let requests: Vec<PredictedRequest> = requests.into_iter().map(|(request, _)| request).collect();
+        let mut bar = Bar::new("generate", requests.len() as u64);
+        let (mut done, mut tokens) = (0, 0);
+        let mut on_output = |output: SequenceOutput| {
+            if output.finish == FinishReason::Cancelled {
+                return Ok(());
+            }
+            (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
+            bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
+            let Some(&(record, prompt_tokens, largest)) = by_id.get(&output.id) else {
+                return Ok(());
+            };
+            let id = output.id.clone();
+            let response = LocalDecoder::response_of(&model, output)?;
+            let predicted = match self.in_passes {
+                Some(in_passes) => in_passes.largest(&id),
+                None => predicts.then_some(largest),
+            };
+            let answer = Answer::new(response, predicted);
+            on_line(id, answer_line(&answer, record, prompt_tokens).trim_end().to_owned())
         };
-        let id = output.id.clone();
-        let response = LocalDecoder::response_of(&model, output)?;
-        let answer = Answer::new(response, predicts.then_some(predicted));
-        on_line(id, answer_line(&answer, record, prompt_tokens).trim_end().to_owned())
-    };
-    let cancellation = &interrupt.cancellation;
-    let stats = run_controlled(decoder.engine(), requests, config, cancellation, &mut on_output);
-    bar.finish();
-    Ok(stats?)
+        let controls = Controls {
+            cancellation: Some(&self.interrupt.cancellation),
+            prober: self.in_passes.map(|in_passes| in_passes as &dyn Prober),
+        };
+        let stats = run_controlled(decoder.engine(), requests, self.config, controls, &mut on_output);
+        bar.finish();
+        let stats = stats?;
+        if let Some(in_passes) = self.in_passes {
+            let (count, of, tokens) = (in_passes.count(), self.records.len(), stats.probe_tokens);
+            tracing::info!("{count} of {of} lengths were predicted in the decoder's passes, from {tokens} tokens");
+        }
+        Ok(stats)
+    }
 }

@@ -1,5 +1,6 @@
 //! The GPU path's passes, launched ahead of their tokens, on the emulator of its kernels.
 
+use super::probes::{HeadProber, probed_by, run_probed};
 use super::*;
 use crate::{Cancellation, run_controlled};
 
@@ -104,5 +105,20 @@ fn a_cancelled_one_leaves_the_others_what_they_get_alone() -> anyhow::Result<()>
         }
     }
     assert!(cancelled > 0);
+    Ok(())
+}
+
+#[test]
+fn probes_tell_what_the_predictor_tells_a_pass_late_and_change_no_answer() -> anyhow::Result<()> {
+    let model = model()?;
+    let requests = short_requests(0.0);
+    let want = alone(&mut engine(&model, 4096)?, &requests)?;
+    // Room for all, and for two at most.
+    for (cache_tokens, at_least) in [(4096, 8), (64, 4)] {
+        let prober = HeadProber::new(&model, &requests)?;
+        let (got, _) = run_probed(&mut emulated(&model, cache_tokens)?, &requests, 14, probed_by(&prober))?;
+        assert_eq!(got, want, "{cache_tokens} tokens of cache");
+        prober.check(&model, at_least)?;
+    }
     Ok(())
 }

@@ -119,7 +119,7 @@ void store(Type type, Address at, size_t i, float x) {
     }
 }
 
-// candle's kernels that loading weights takes: where element i of a strided tensor lies.
+// candle's kernels that loading weights and adapters takes: where element i of a strided tensor lies.
 size_t strided(size_t i, size_t dims, Address info) {
     const size_t *shape = reinterpret_cast<const size_t *>(info), *strides = shape + dims;
     if (!shape) return i;
@@ -132,15 +132,16 @@ bool begins(const std::string &name, const char *with) { return name.rfind(with,
 
 // How many arguments a kernel of candle's takes; 0 for one that is not here.
 size_t candle_arguments(const std::string &name) {
-    if (begins(name, "cast_") || begins(name, "ucopy_")) return 5;
+    if (begins(name, "cast_") || begins(name, "ucopy_") || begins(name, "uabs_")) return 5;
     return begins(name, "fast_sum_") || begins(name, "copy2d_") ? 6 : 0;
 }
 
 void run_candle(const std::string &name, const std::vector<uint64_t> &a, unsigned blocks) {
     const Type type = type_of(name.substr(name.rfind('_') + 1));
-    if (begins(name, "cast_") || begins(name, "ucopy_")) {
+    if (candle_arguments(name) == 5) {
         const Type from = name[0] == 'u' ? type : type_of(name.substr(5, name.rfind('_') - 5));
-        for (size_t i = 0; i < a[0]; i++) store(type, a[4], i, load(from, a[3], strided(i, a[1], a[2])));
+        const auto value = [&](float x) { return begins(name, "uabs_") ? std::fabs(x) : x; };
+        for (size_t i = 0; i < a[0]; i++) store(type, a[4], i, value(load(from, a[3], strided(i, a[1], a[2]))));
     } else if (begins(name, "fast_sum_")) {
         const size_t outputs = begins(name, "fast_sum_small_") ? a[0] : blocks;
         for (size_t o = 0; o < outputs; o++) {

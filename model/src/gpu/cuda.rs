@@ -64,7 +64,7 @@ impl CudaGpu {
     pub fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
         let blas = CudaBlas::new(stream.clone()).map_err(Error::wrap)?;
-        let workspace = stream.alloc_zeros::<u8>(BLAS_WORKSPACE).map_err(Error::wrap)?;
+        let workspace = zeroed(&stream, BLAS_WORKSPACE)?;
         let address = workspace.device_ptr(&stream).0;
         // SAFETY: the memory lives as long as the handle, in the same struct.
         unsafe { blas_sys::cublasSetWorkspace_v2(*blas.handle(), address as *mut c_void, BLAS_WORKSPACE) }
@@ -85,12 +85,7 @@ impl CudaGpu {
     }
 
     pub fn alloc(&self, bytes: usize) -> Result<CudaBuffer> {
-        let slice = self.stream.alloc_zeros::<u8>(bytes.max(1)).map_err(|err| {
-            let free = self.stream.context().mem_get_info().map_or(0, |(free, _)| free);
-            Error::Msg(format!(
-                "{bytes} bytes of the GPU's memory are needed, {free} are free: {err}"
-            ))
-        })?;
+        let slice = zeroed(&self.stream, bytes.max(1))?;
         let address = slice.device_ptr(&self.stream).0;
         Ok(CudaBuffer { slice, address })
     }
@@ -238,6 +233,16 @@ impl CudaGpu {
     pub fn bind(&self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(Error::wrap)
     }
+}
+
+/// Memory of the GPU, zero; where it has none left, the error says how much.
+fn zeroed(stream: &Arc<CudaStream>, bytes: usize) -> Result<CudaSlice<u8>> {
+    stream.alloc_zeros::<u8>(bytes).map_err(|err| {
+        let free = stream.context().mem_get_info().map_or(0, |(free, _)| free);
+        Error::Msg(format!(
+            "{bytes} bytes of the GPU's memory are needed, {free} are free: {err}"
+        ))
+    })
 }
 
 fn data_type(dtype: DType) -> Result<blas_sys::cudaDataType> {

@@ -8,6 +8,7 @@ mod backend;
 mod cuda;
 #[cfg(feature = "kernel-emulation")]
 mod emulated;
+mod hidden;
 mod inputs;
 mod kernels;
 mod pass;
@@ -20,6 +21,7 @@ mod workspace;
 pub(crate) use backend::{CopyBack, Gpu};
 #[cfg(feature = "cuda")]
 pub(crate) use cuda::free_memory;
+pub(crate) use hidden::HiddenCopy;
 pub(crate) use pass::GpuCache;
 #[cfg(feature = "cuda")]
 pub(crate) use pass::pass_bytes;

@@ -6,6 +6,7 @@ use candle_core::{DType, Result, bail};
 
 use super::Gpu;
 use super::backend::{Address, Buffer, CopyBack};
+use super::hidden::HiddenCopy;
 use super::inputs::Inputs;
 use super::kernels::{CacheLayer, Kernels};
 use super::weights::GpuWeights;
@@ -143,6 +144,26 @@ impl GpuCache {
     pub fn drawn(&self) -> Result<CopyBack> {
         // SAFETY: a pass has at most as many segments as the buffer holds, which lives as long as the stream's work on it.
         unsafe { self.gpu.copy_back(self.drawn.address(), self.inputs.segments) }
+    }
+
+    /// What the last pass' head read of these of its segments, which ascend, on their way; `None` of none.
+    pub fn hidden(&self, segments: Vec<usize>) -> Result<Option<HiddenCopy>> {
+        let (Some(&first), Some(&last)) = (segments.first(), segments.last()) else {
+            return Ok(None);
+        };
+        let width = self.config.hidden_size;
+        // Whole words: a row is a multiple of 16 bytes (GpuWeights::new).
+        let row_words = width * self.dtype.size_in_bytes() / 4;
+        let from = self.work.places.normed + (4 * row_words * first) as Address;
+        // SAFETY: the last norm wrote a row for each segment, and the next pass, which writes there again, is behind the copy
+        // in the stream.
+        let words = unsafe { self.gpu.copy_back(from, (last + 1 - first) * row_words)? };
+        Ok(Some(HiddenCopy {
+            words,
+            dtype: self.dtype,
+            width,
+            rows: segments.into_iter().map(|segment| segment - first).collect(),
+        }))
     }
 
     /// Parts that the keys of each single row are shared out in.

@@ -129,13 +129,20 @@ impl LengthHead {
                 tokens <= pass_tokens
             });
             let (pass, later) = rest.split_at(fitting.count().max(1));
-            logits.extend(
-                self.logits(&llama.last_hidden(pass, adapter, None)?)?
-                    .to_vec2::<f32>()?,
-            );
+            let hidden = llama.last_hidden(pass, adapter, None)?.to_device(self.device())?;
+            logits.extend(self.logits(&hidden)?.to_vec2::<f32>()?);
             rest = later;
         }
         Ok(logits)
+    }
+
+    /// The logits of a hidden state that a pass gave ([`crate::Wanted::Hidden`]), one per bin.
+    ///
+    /// # Errors
+    /// Another width than the network's, or the device failed.
+    pub fn read(&self, hidden: &[f32]) -> Result<Vec<f32>, ModelError> {
+        let hidden = Tensor::from_slice(hidden, (1, hidden.len()), self.device())?;
+        Ok(self.logits(&hidden)?.flatten_all()?.to_vec1()?)
     }
 
     /// - `hidden`: `[n, hidden]`, f32; returns `[n, bins]`, f32

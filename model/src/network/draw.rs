@@ -1,10 +1,11 @@
-//! Forward passes that end in tokens: drawn on the GPU where that runs the pass, else on the host from the logits.
+//! Forward passes that end in tokens, drawn on the GPU where that runs the pass, else on the host from the logits; and in
+//! hidden states.
 
 use rayon::prelude::*;
 
 use super::{Llama, Segment};
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-use crate::gpu::CopyBack;
+use crate::gpu::{CopyBack, GpuCache, HiddenCopy};
 use crate::kv_cache::KvCache;
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
 use crate::kv_cache::Store;
@@ -14,21 +15,42 @@ use crate::{ModelError, Sampler};
 /// Logits below which one thread draws all tokens: waking another costs some microseconds.
 const DRAW_SERIALLY_BELOW: usize = 1 << 16;
 
-/// A pass that was launched, and the tokens that it draws.
+/// What a pass is to give of a segment.
+#[derive(Debug)]
+pub enum Wanted<'a> {
+    /// Nothing but the keys and values in the cache.
+    Nothing,
+    /// The token that follows it, drawn by this sampler.
+    Token(&'a mut Sampler),
+    /// Its last token's hidden state, behind the last norm: what a [`crate::LengthHead`] reads.
+    Hidden,
+}
+
+/// What a pass gave.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Landed {
+    /// A token for each segment; where none was wanted, any.
+    pub tokens: Vec<u32>,
+    /// The hidden states of the segments that they were wanted of, in their order, `[hidden]` each.
+    pub hidden: Vec<Vec<f32>>,
+}
+
+/// A pass that was launched, and what it gives.
 #[derive(Debug)]
 #[must_use]
-pub struct Flight(Drawn);
+pub struct Flight(Place);
 
 #[derive(Debug)]
-enum Drawn {
+enum Place {
     /// On the host: the pass is done.
-    Here(Vec<u32>),
+    Here(Landed),
     /// On the GPU, which may still be at it.
     #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
     There {
         tokens: CopyBack,
         /// Of every segment: whether its token is wanted.
         wanted: Vec<bool>,
+        hidden: Option<HiddenCopy>,
     },
 }
 
@@ -47,70 +69,100 @@ pub(super) fn segment_of(token: u32) -> Option<usize> {
 }
 
 impl Flight {
-    /// Waits for the pass. Returns a token for each of its segments; where none was wanted, any.
+    /// Waits for the pass.
     ///
     /// # Errors
-    /// The device failed, or the logits of a segment are not finite.
-    pub fn land(self) -> Result<Vec<u32>, ModelError> {
+    /// The device failed, or the logits of a segment whose token is wanted are not finite.
+    pub fn land(self) -> Result<Landed, ModelError> {
         match self.0 {
-            Drawn::Here(tokens) => Ok(tokens),
+            Place::Here(landed) => Ok(landed),
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-            Drawn::There { tokens, wanted } => {
+            Place::There { tokens, wanted, hidden } => {
                 let tokens = tokens.wait()?;
                 // What the kernel says where it found no finite logit.
                 let failed = |(token, wanted): (&u32, &bool)| *wanted && *token == u32::MAX;
-                match tokens.iter().zip(&wanted).any(failed) {
-                    true => Err(ModelError::NonFiniteLogits),
-                    false => Ok(tokens),
+                if tokens.iter().zip(&wanted).any(failed) {
+                    return Err(ModelError::NonFiniteLogits);
                 }
+                let hidden = hidden.map(HiddenCopy::wait).transpose()?;
+                Ok(Landed {
+                    tokens,
+                    hidden: hidden.unwrap_or_default(),
+                })
             }
         }
     }
 }
 
 impl Llama {
-    /// As [`Llama::forward`], and draws the token that follows each segment. On a GPU it returns before that is done, and
+    /// As [`Llama::forward`], and gives of each segment what is wanted of it. On a GPU it returns before that is done, and
     /// the next pass may already take the tokens ([`crate::drawn_token`]).
     ///
-    /// - `samplers`: of every segment, `None` where no token is wanted
+    /// - `wanted`: of every segment
     ///
     /// # Errors
-    /// As there, or the logits of a segment are not finite.
+    /// As there, or the logits of a segment whose token is wanted are not finite.
     pub fn launch(
         &self,
         segments: &[Segment],
         cache: &mut KvCache,
         adapter: Option<&Adapter>,
-        samplers: &mut [Option<&mut Sampler>],
+        wanted: &mut [Wanted],
     ) -> Result<Flight, ModelError> {
         #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
         if let Store::Gpu(gpu) = &mut cache.store {
             self.check(segments, gpu.last_drawn())?;
-            let draw = |sampler: &mut Option<&mut Sampler>| sampler.as_mut().map(|s| s.next_draw());
-            let draws: Vec<_> = samplers.iter_mut().map(draw).collect();
-            gpu.launch(segments, adapter, &draws)?;
-            let (tokens, wanted) = (gpu.drawn()?, draws.iter().map(Option::is_some).collect());
-            return Ok(Flight(Drawn::There { tokens, wanted }));
+            return Ok(Flight(launch_there(gpu, segments, adapter, wanted)?));
         }
-        let vocab = self.config().vocab_size;
         let logits = self.forward(segments, cache, adapter)?;
-        let sample = |(sampler, logits): (&mut Option<&mut Sampler>, &[f32])| match sampler {
-            Some(sampler) => sampler.sample(logits),
-            None => Ok(0),
-        };
-        // Each request has its own random stream, so the order of the draws does not matter.
-        let tokens: Result<Vec<u32>, ModelError> = match logits.len() < DRAW_SERIALLY_BELOW {
-            true => samplers
-                .iter_mut()
-                .zip(logits.chunks_exact(vocab))
-                .map(sample)
-                .collect(),
-            false => samplers
-                .par_iter_mut()
-                .zip(logits.par_chunks_exact(vocab))
-                .map(sample)
-                .collect(),
-        };
-        Ok(Flight(Drawn::Here(tokens?)))
+        let tokens = draw_all(logits, self.config().vocab_size, wanted)?;
+        let width = self.config().hidden_size;
+        let hidden = hidden_segments(wanted).map(|segment| cache.hidden_of(segment, width));
+        let hidden = hidden.collect::<Result<_, _>>()?;
+        Ok(Flight(Place::Here(Landed { tokens, hidden })))
     }
+}
+
+/// Which segments' hidden states are wanted, ascending.
+fn hidden_segments(wanted: &[Wanted]) -> impl Iterator<Item = usize> {
+    let hidden = wanted.iter().enumerate().filter(|(_, w)| matches!(w, Wanted::Hidden));
+    hidden.map(|(segment, _)| segment)
+}
+
+/// A token for each segment from its logits, `[segments, vocab]`; 0 where none is wanted.
+fn draw_all(logits: &[f32], vocab: usize, wanted: &mut [Wanted]) -> Result<Vec<u32>, ModelError> {
+    let sample = |(wanted, logits): (&mut Wanted, &[f32])| match wanted {
+        Wanted::Token(sampler) => sampler.sample(logits),
+        Wanted::Nothing | Wanted::Hidden => Ok(0),
+    };
+    // Each request has its own random stream, so the order of the draws does not matter.
+    match logits.len() < DRAW_SERIALLY_BELOW {
+        true => wanted.iter_mut().zip(logits.chunks_exact(vocab)).map(sample).collect(),
+        false => wanted
+            .par_iter_mut()
+            .zip(logits.par_chunks_exact(vocab))
+            .map(sample)
+            .collect(),
+    }
+}
+
+#[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+fn launch_there(
+    gpu: &mut GpuCache,
+    segments: &[Segment],
+    adapter: Option<&Adapter>,
+    wanted: &mut [Wanted],
+) -> Result<Place, ModelError> {
+    let draw = |wanted: &mut Wanted| match wanted {
+        Wanted::Token(sampler) => Some(sampler.next_draw()),
+        Wanted::Nothing | Wanted::Hidden => None,
+    };
+    let draws: Vec<_> = wanted.iter_mut().map(draw).collect();
+    gpu.launch(segments, adapter, &draws)?;
+    let hidden: Vec<usize> = hidden_segments(wanted).collect();
+    Ok(Place::There {
+        tokens: gpu.drawn()?,
+        wanted: draws.iter().map(Option::is_some).collect(),
+        hidden: gpu.hidden(hidden)?,
+    })
 }

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Tensor};
 
 use crate::ops::testing::assert_close;
-use crate::{Adapter, BlockTable, Dropout, KvCache, Llama, Quantization, Segment, TrainPass, cross_entropy};
+use crate::{Adapter, BlockTable, Dropout, KvCache, Llama, Quantization, Segment, TrainPass, Wanted, cross_entropy};
 
 const PROMPTS: [&[u32]; 3] = [&[3, 9, 4, 1, 7, 8, 20, 21, 22, 23, 5], &[6], &[30, 31, 32]];
 
@@ -99,6 +99,42 @@ fn a_cache_of_16_bits_gives_the_logits_but_for_its_rounding_and_alike_in_every_c
     for chunk in [1, 2, 9] {
         for (got, want) in half(chunk)?.iter().zip(&whole) {
             assert_close(got, want, 1e-5)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_cached_pass_gives_the_hidden_state_of_the_training_one_chunk_by_chunk() -> anyhow::Result<()> {
+    let llama = network()?;
+    let adapter = adapter(&llama)?;
+    let mut cache = KvCache::new(&llama, 64)?;
+    let mut tables = vec![BlockTable::default(); 2];
+    for table in &mut tables {
+        assert!(cache.reserve(table, PROMPTS[0].len()));
+    }
+    // The first in two chunks, of which the second alone is asked; the second without the adapter beside them.
+    for (tokens, start, wanted) in [
+        (&PROMPTS[0][..7], 0, Wanted::Nothing),
+        (&PROMPTS[0][7..], 7, Wanted::Hidden),
+    ] {
+        let segment = |tokens, start, table, adapted| Segment {
+            tokens,
+            start,
+            table,
+            adapted,
+        };
+        let segments = [
+            segment(PROMPTS[2], 0, &tables[1], false),
+            segment(tokens, start, &tables[0], true),
+        ];
+        let asked = matches!(wanted, Wanted::Hidden);
+        let flight = llama.launch(&segments, &mut cache, Some(&adapter), &mut [Wanted::Nothing, wanted])?;
+        let hidden = flight.land()?.hidden;
+        assert_eq!(hidden.len(), usize::from(asked));
+        for hidden in hidden {
+            let want = llama.last_hidden(&PROMPTS[..1], Some(&adapter), None)?.get(0)?;
+            assert_close(&Tensor::new(hidden, &Device::Cpu)?, &want, 1e-5)?;
         }
     }
     Ok(())

@@ -34,6 +34,26 @@ fn a_request_that_never_fits_is_refused_at_once() {
 }
 
 #[test]
+fn what_becomes_known_of_a_waiting_request_changes_its_place_and_its_need() {
+    let mut queue = AdmissionQueue::new(AdmissionOrder::ShortestFirst, 10);
+    for (i, predicted) in [20, 30, 40].into_iter().enumerate() {
+        queue.push(waiting(i, predicted, 10)).expect("fits");
+    }
+    assert!(queue.revise(2, 10, 4) && queue.revise(0, 35, 6));
+    assert!(!queue.revise(1, 5, 11), "more than the budget");
+    assert!(!queue.revise(3, 5, 1), "there is none");
+    assert_eq!(queue.admit(), Some(waiting(2, 10, 4)));
+    assert!(!queue.revise(2, 1, 1), "it was admitted");
+    // Request 1 is next, and needs all of the budget.
+    assert_eq!(queue.admit(), None);
+    queue.release(4);
+    assert_eq!(queue.admit(), Some(waiting(1, 30, 10)));
+    queue.release(10);
+    assert_eq!(queue.cancel(0), Some(waiting(0, 35, 6)));
+    assert!(queue.is_empty() && queue.by_arrival.is_empty() && queue.waves.is_empty());
+}
+
+#[test]
 fn no_request_is_passed_over_for_ever() {
     let mut queue = AdmissionQueue::new(AdmissionOrder::ShortestFirst, 1);
     queue.push(waiting(0, 500, 1)).expect("fits");

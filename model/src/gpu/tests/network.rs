@@ -1,10 +1,11 @@
 //! Whole passes on the emulator against the CPU path.
 #![cfg(feature = "kernel-emulation")]
 
+use candle_core::{DType, Device};
 use lengthwise_core::SamplingParams;
 
 use crate::testing::adapter;
-use crate::{Adapter, BlockTable, KvCache, Llama, ModelConfig, Sampler, Segment, drawn_token};
+use crate::{Adapter, BlockTable, KvCache, Llama, ModelConfig, Sampler, Segment, Wanted, drawn_token};
 
 /// A prompt, a longer one than a tile, and a single token.
 fn prompts() -> [Vec<u32>; 3] {
@@ -66,8 +67,11 @@ fn run(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> anyhow::
         if step % 2 == 0 {
             logits.push(llama.forward(&segments, &mut cache, adapter)?.to_vec());
         }
-        let mut wanted: Vec<Option<&mut Sampler>> = samplers.iter_mut().map(Some).collect();
-        let tokens = llama.launch(&segments, &mut cache, adapter, &mut wanted)?.land()?;
+        let mut wanted: Vec<Wanted> = samplers.iter_mut().map(Wanted::Token).collect();
+        let tokens = llama
+            .launch(&segments, &mut cache, adapter, &mut wanted)?
+            .land()?
+            .tokens;
         for (i, token) in tokens.iter().enumerate() {
             cached[i] = sequences[i].len();
             sequences[i].push(*token);
@@ -118,14 +122,14 @@ fn a_pass_takes_tokens_that_the_one_before_drew_and_the_host_does_not_know() -> 
             };
             let segments: Vec<Segment> = order.iter().map(segment).collect();
             let mut samplers = vec![Sampler::new(SamplingParams::GREEDY); 3];
-            let mut wanted: Vec<Option<&mut Sampler>> = samplers.iter_mut().map(Some).collect();
+            let mut wanted: Vec<Wanted> = samplers.iter_mut().map(Wanted::Token).collect();
             let flight = llama.launch(&segments, &mut cache, None, &mut wanted)?;
             (0..3).for_each(|who| starts[who] += next[who].len());
             let tokens = if ahead {
                 flights.push(flight);
                 (0..3).map(drawn_token).collect()
             } else {
-                let tokens = flight.land()?;
+                let tokens = flight.land()?.tokens;
                 drawn.extend_from_slice(&tokens);
                 tokens
             };
@@ -135,7 +139,7 @@ fn a_pass_takes_tokens_that_the_one_before_drew_and_the_host_does_not_know() -> 
             order.rotate_left(1);
         }
         for flight in flights {
-            drawn.extend(flight.land()?);
+            drawn.extend(flight.land()?.tokens);
         }
         Ok(drawn)
     };
@@ -155,8 +159,8 @@ fn tokens_that_no_pass_drew_are_refused() -> anyhow::Result<()> {
             table: &table,
             adapted: false,
         };
-        let mut samplers = [None];
-        assert!(llama.launch(&[segment], &mut cache, None, &mut samplers).is_err());
+        let mut wanted = [Wanted::Nothing];
+        assert!(llama.launch(&[segment], &mut cache, None, &mut wanted).is_err());
     }
     Ok(())
 }
@@ -198,6 +202,60 @@ fn segments_with_and_without_the_adapter_share_a_pass() -> anyhow::Result<()> {
             let far = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(far(got, &want) < 1e-4, "row {i}: {}", far(got, &want));
             assert!(far(got, &other) > 1e-2, "row {i}: the adapter makes no difference");
+        }
+    }
+    Ok(())
+}
+
+/// Passes in which some segments are asked for their hidden states, in every form of the cache and in every dtype.
+#[test]
+fn hidden_states_come_with_the_tokens_in_the_order_of_their_segments() -> anyhow::Result<()> {
+    let sequences = prompts();
+    // In 16 bits both sides round in every layer; another row's state is off by one and more.
+    for (dtype, tolerance) in [(DType::F32, 1e-4), (DType::BF16, 6e-2), (DType::F16, 6e-2)] {
+        let llama = Llama::new(
+            &configs()[0],
+            &crate::testing::weights(&configs()[0], dtype, &Device::Cpu)?,
+        )?;
+        let adapter = adapter(&llama)?;
+        let of = |i: usize, adapter| -> anyhow::Result<Vec<f32>> {
+            let hidden = llama.last_hidden(&[&sequences[i]], adapter, None)?;
+            Ok(hidden.get(0)?.to_vec1()?)
+        };
+        for mut cache in [KvCache::new(&llama, 256)?, KvCache::emulated(&llama, 256)?] {
+            let mut tables = vec![BlockTable::default(); 3];
+            for (table, sequence) in tables.iter_mut().zip(&sequences) {
+                assert!(cache.reserve(table, sequence.len()));
+            }
+            let segment = |i: usize| Segment {
+                tokens: &sequences[i],
+                start: 0,
+                table: &tables[i],
+                adapted: i != 0,
+            };
+            let segments: Vec<Segment> = (0..3).map(segment).collect();
+            let mut sampler = Sampler::new(SamplingParams::GREEDY);
+            for asked in [vec![0, 2], vec![1], vec![1, 2]] {
+                let mut wanted: Vec<Wanted> = (0..3).map(|_| Wanted::Nothing).collect();
+                asked.iter().for_each(|&i| wanted[i] = Wanted::Hidden);
+                if asked[0] == 1 {
+                    wanted[0] = Wanted::Token(&mut sampler);
+                }
+                let landed = llama
+                    .launch(&segments, &mut cache, Some(&adapter), &mut wanted)?
+                    .land()?;
+                assert_eq!((landed.tokens.len(), landed.hidden.len()), (3, asked.len()));
+                for (got, &i) in landed.hidden.iter().zip(&asked) {
+                    let want = of(i, (i != 0).then_some(&adapter))?;
+                    assert_eq!(got.len(), want.len());
+                    for (got, want) in got.iter().zip(&want) {
+                        assert!(
+                            (got - want).abs() <= tolerance,
+                            "{dtype:?}, segment {i}: {got}, want {want}"
+                        );
+                    }
+                }
+            }
         }
     }
     Ok(())
