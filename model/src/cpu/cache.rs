@@ -56,12 +56,16 @@ fn layers<L: Stored>(config: &ModelConfig, blocks: usize) -> Vec<LayerCache<L>> 
 }
 
 /// Sixteen elements as a cache holds them.
-pub(crate) trait Stored: Group + std::fmt::Debug {
+///
+/// # Safety
+/// Bytes that are all zero are sixteen zeros of it, and it needs no drop.
+pub(crate) unsafe trait Stored: Group + std::fmt::Debug {
     /// Puts `x` at place `i`, rounded to what the cache holds.
     fn set(&mut self, i: usize, x: f32);
 }
 
-impl Stored for Lane {
+// SAFETY: floats.
+unsafe impl Stored for Lane {
     fn set(&mut self, i: usize, x: f32) {
         self.0[i] = x;
     }
@@ -81,7 +85,8 @@ impl Group for HalfLane {
     }
 }
 
-impl Stored for HalfLane {
+// SAFETY: floats of 16 bits, which are whole numbers to the compiler.
+unsafe impl Stored for HalfLane {
     fn set(&mut self, i: usize, x: f32) {
         let most = f32::from(f16::MAX);
         self.0[i] = f16::from_f32(x.clamp(-most, most));
@@ -176,8 +181,8 @@ fn zeroed<L: Stored>(len: usize) -> Vec<L> {
         return Vec::new();
     }
     let layout = Layout::array::<L>(len).unwrap_or_else(|_| panic!("a cache of {len} lanes"));
-    // SAFETY: the layout is that of `len` lanes and not empty, all zeros is a lane, and a vector of that capacity is
-    // freed with the same layout.
+    // SAFETY: the layout is that of `len` lanes and not empty, all zeros is a lane, as `Stored` promises, and a vector of that
+    // capacity is freed with the same layout.
     unsafe {
         let data = alloc_zeroed(layout);
         if data.is_null() {
