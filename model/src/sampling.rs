@@ -151,7 +151,7 @@ fn argmax(logits: &[f32]) -> Option<(u32, f32)> {
     // Nearly always all are finite, and then the largest is found many at a time.
     let largest = vector::max(logits);
     if largest.is_finite() {
-        let first = logits.iter().position(|l| *l == largest)?;
+        let first = vector::position(logits, largest)?;
         return Some((first as u32, largest));
     }
     let mut best: Option<(u32, f32)> = None;

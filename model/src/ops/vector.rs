@@ -69,21 +69,38 @@ fn add_up(lanes: [f32; 8]) -> f32 {
     (four[0] + four[2]) + (four[1] + four[3])
 }
 
-/// The largest element; -inf of nothing.
+/// The largest element that is a number; -inf of nothing.
 #[inline(always)]
 pub(crate) fn max(x: &[f32]) -> f32 {
-    let mut lanes = [f32::NEG_INFINITY; 8];
-    let chunks = x.chunks_exact(8);
-    let mut largest = chunks.remainder().iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    // Not `f32::max`, which takes three instructions; four chains, which do not wait for each other.
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 32];
+    let (chunks, rest) = x.as_chunks::<32>();
     for chunk in chunks {
-        for i in 0..8 {
-            lanes[i] = lanes[i].max(chunk[i]);
+        for i in 0..32 {
+            lanes[i] = larger(lanes[i], chunk[i]);
         }
     }
-    for lane in lanes {
-        largest = largest.max(lane);
+    let mut eight: [f32; 8] =
+        std::array::from_fn(|i| larger(larger(lanes[i], lanes[i + 8]), larger(lanes[i + 16], lanes[i + 24])));
+    let (chunks, rest) = rest.as_chunks::<8>();
+    for chunk in chunks {
+        for i in 0..8 {
+            eight[i] = larger(eight[i], chunk[i]);
+        }
     }
-    largest
+    eight.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
+}
+
+/// The first place of `value`.
+pub(crate) fn position(x: &[f32], value: f32) -> Option<usize> {
+    const AT_ONCE: usize = 64;
+    let (chunks, rest) = x.as_chunks::<AT_ONCE>();
+    // All of a chunk are compared, many at a time, before one is looked for.
+    let has = |chunk: &[f32; AT_ONCE]| chunk.iter().fold(false, |found, x| found | (*x == value));
+    let first = chunks.iter().position(has).unwrap_or(chunks.len()) * AT_ONCE;
+    let chunk = x[first..].get(..AT_ONCE).unwrap_or(rest);
+    Some(first + chunk.iter().position(|x| *x == value)?)
 }
 
 /// Replaces `x` by its softmax. Returns the largest element and the sum that it was divided by.
@@ -139,6 +156,21 @@ mod tests {
         assert_eq!(exp(-1000.0), 0.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn the_largest_is_found_at_its_first_place_wherever_that_is() {
+        for len in 0..150 {
+            let x: Vec<f32> = (0..len).map(|i| -1.0 - (i * 7 % 11) as f32).collect();
+            for at in 0..len {
+                let mut x = x.clone();
+                x[at..].fill(-0.5);
+                x[..at].iter_mut().step_by(3).for_each(|x| *x = f32::NAN);
+                assert_eq!((max(&x), position(&x, -0.5)), (-0.5, Some(at)), "{at} of {len}");
+                assert_eq!(position(&x, 4.0), None);
+            }
+        }
+        assert_eq!(max(&[f32::NAN, f32::NEG_INFINITY]), f32::NEG_INFINITY);
     }
 
     #[test]
