@@ -13,8 +13,9 @@ use std::time::{Duration, Instant};
 
 /// How long a helper looks for another section.
 const LINGER: Duration = Duration::from_micros(100);
-/// Looks between two glances at the clock, at each of which another thread may have the processor.
-const LOOKS: usize = 32;
+/// Looks (of some fifty nanoseconds) between two glances at the clock, at each of which another thread may have the
+/// processor: longer than most waits, since one that gives way for nothing comes back late.
+const LOOKS: usize = 256;
 
 /// Runs `work` on up to `threads` threads, each with a number of its own below that, 0 on this one.
 pub(super) fn spread(threads: usize, work: &(dyn Fn(usize) + Sync)) {
