@@ -5,10 +5,10 @@ use std::ops::Range;
 use super::PackedMatrix;
 use super::columns::{INNER_BLOCK, Wide, narrow_tile_of, with_room};
 use super::instructions::{Instructions, Kernel};
-use super::matrix::RowBlocks;
+use super::multiply::RowBlocks;
 use super::panel::{LANES, Lane, Output, Rows, tile_of, tile_turned_of};
 use super::registers::Vector;
-use super::share::{Cost, share};
+use super::share::{Cost, Turn, share};
 
 /// A gradient `[rows, outputs]` and the weight that it goes back through.
 #[derive(Clone, Copy)]
@@ -74,8 +74,8 @@ pub(super) fn multiply_turned_with(
             }
         }
     };
-    share(per_block * blocks.count(), cost, |units: Range<usize>, _| {
-        with_room(|room| run(units, room))
+    share(per_block * blocks.count(), cost, |turn| {
+        with_room(|room| run(turn.units, room))
     });
 }
 
@@ -182,7 +182,7 @@ fn outer_with(
             products: rows * columns * LANES,
             bytes: size_of_val(a),
         };
-        share(columns.div_ceil(OUTER_COLUMNS), cost, |units: Range<usize>, _| {
+        share(columns.div_ceil(OUTER_COLUMNS), cost, |Turn { units, .. }| {
             let all = units.start * OUTER_COLUMNS..(units.end * OUTER_COLUMNS).min(columns);
             instructions.run(OuterColumns {
                 a: Rows {

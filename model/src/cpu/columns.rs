@@ -4,7 +4,8 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::instructions::Kernel;
-use super::matrix::{Panels, Product};
+use super::matrix::Panels;
+use super::multiply::Product;
 use super::panel::{FAR, Group, LANES, Lane, Output, Rows, ask_for, tile_of};
 use super::registers::{Base, Vector};
 
@@ -26,6 +27,15 @@ pub(super) fn with_room<T>(f: impl FnOnce(&mut Wide) -> T) -> T {
     value
 }
 
+/// Panels that are asked for while others are multiplied.
+#[derive(Clone, Copy)]
+pub(super) struct Next {
+    /// Where the first lies.
+    pub at: *const u8,
+    /// Bytes from one to the next.
+    pub panel: usize,
+}
+
 /// Some columns of a product.
 pub(super) struct Columns<'a> {
     pub product: &'a Product<'a>,
@@ -36,8 +46,8 @@ pub(super) struct Columns<'a> {
     pub tile: usize,
     /// The panels.
     pub panels: Range<usize>,
-    /// Where the panels lie that will be multiplied after these.
-    pub next: Option<*const u8>,
+    /// What will be multiplied after these.
+    pub next: Option<Next>,
     /// Where panels narrower than f32 are widened.
     pub wide: &'a mut Wide,
 }
@@ -113,12 +123,15 @@ impl Columns<'_> {
         if start < groups * G::ROWS {
             return Some(panels.map(|p| p[start / G::ROWS..].as_ptr()));
         }
-        let behind = |first: *const G, groups: usize| std::array::from_fn(|i| first.wrapping_add(i * groups));
-        if p + P < self.panels.end {
-            return Some(behind(panels[P - 1].as_ptr_range().end, groups));
-        }
-        // Where the next matrix is of another shape, about as many of its bytes are asked for.
-        Some(behind(self.next?.cast(), groups))
+        let next = match p + P < self.panels.end {
+            true => Next {
+                at: panels[P - 1].as_ptr_range().end.cast(),
+                panel: size_of_val(panels[0]),
+            },
+            // Where the next matrix is of another shape, as many rows of it are asked for.
+            false => self.next?,
+        };
+        Some(std::array::from_fn(|i| next.at.wrapping_add(i * next.panel).cast()))
     }
 
     /// The last panel of a width that is no multiple of sixteen.

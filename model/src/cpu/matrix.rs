@@ -1,31 +1,19 @@
-//! Frozen weights in panels, and the products with them.
-
-use std::ops::{Range, RangeInclusive};
-use std::sync::Arc;
+//! Frozen weights in panels.
 
 use rayon::prelude::*;
 
-use super::columns::{Columns, Wide, lane, panel, with_room};
-use super::instructions::Instructions;
+use super::columns::{Next, lane, panel};
 use super::memory::Memory;
-use super::panel::{Group, LANES, Lane, Output, Rows};
+use super::panel::{Group, LANES, Lane};
 use super::quantized::Q8Block;
-use super::share::{Cost, share};
+use super::share::first_unit;
 
 /// A frozen weight `[outputs, inputs]`, laid out as products read it: panels of sixteen outputs one behind the other,
 /// each `[inputs, 16]`, the last filled up with zeros.
 pub(crate) struct PackedMatrix {
     panels: Panels,
-    outputs: usize,
-    inputs: usize,
-}
-
-/// A product that is wanted: of the shared rows with `matrix`, `+=` where `accumulate`.
-#[derive(Clone, Copy)]
-pub(crate) struct Product<'a> {
-    pub matrix: &'a PackedMatrix,
-    pub out: Output,
-    pub accumulate: bool,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
 }
 
 /// All panels of a matrix.
@@ -33,11 +21,6 @@ pub(super) enum Panels {
     F32(Memory<Lane>),
     Q8(Memory<Q8Block>),
 }
-
-/// Bytes of a block of rows: it stays in the second-level cache while all panels pass.
-const ROW_BLOCK_BYTES: usize = 3 << 18;
-/// Rows of a block all the same: with too few the weights would be read too often.
-const BLOCK_ROWS: RangeInclusive<usize> = 96..=512;
 
 impl PackedMatrix {
     /// - `weight`: `[outputs, inputs]`, row by row
@@ -131,20 +114,33 @@ impl PackedMatrix {
 
     /// The weights as bytes.
     pub(super) fn as_bytes(&self) -> &[u8] {
-        let start = self.address(0);
         // SAFETY: as many bytes as the panels take, all of them written when they were made: lanes and blocks are plain
         // numbers without padding.
-        unsafe { std::slice::from_raw_parts(start, self.bytes()) }
+        unsafe { std::slice::from_raw_parts(self.start(), self.bytes()) }
     }
 
-    /// The address of panel `p`, or of where it would be.
-    pub(super) fn address(&self, p: usize) -> *const u8 {
+    /// The panels from `p` on, to be asked for.
+    pub(super) fn next(&self, p: usize) -> Next {
+        let panel = match &self.panels {
+            Panels::F32(_) => self.inputs * size_of::<Lane>(),
+            Panels::Q8(_) => self.inputs.div_ceil(Q8Block::ROWS) * size_of::<Q8Block>(),
+        };
+        Next {
+            at: self.start().wrapping_add(p * panel),
+            panel,
+        }
+    }
+
+    /// The panels that one of several threads begins with, where as many as `together` are shared out at once.
+    pub(super) fn first(&self, together: usize, thread: (usize, usize)) -> Next {
+        let units = self.outputs.div_ceil(LANES).div_ceil(together);
+        self.next(first_unit(units, thread) * together)
+    }
+
+    fn start(&self) -> *const u8 {
         match &self.panels {
-            Panels::F32(lanes) => lanes.as_ptr().wrapping_add(p * self.inputs).cast(),
-            Panels::Q8(blocks) => blocks
-                .as_ptr()
-                .wrapping_add(p * self.inputs.div_ceil(Q8Block::ROWS))
-                .cast(),
+            Panels::F32(lanes) => lanes.as_ptr().cast(),
+            Panels::Q8(blocks) => blocks.as_ptr().cast(),
         }
     }
 }
@@ -154,128 +150,3 @@ impl std::fmt::Debug for PackedMatrix {
         write!(f, "PackedMatrix [{}, {}]", self.outputs, self.inputs)
     }
 }
-
-/// All of `products` with the same rows, shared out among the threads by panels.
-///
-/// - `x`: `[rows, inputs]` of every matrix
-pub(crate) fn multiply(x: Rows, rows: usize, products: &[Product]) {
-    multiply_with(Instructions::best(), x, rows, products);
-}
-
-/// [`multiply`] with certain instructions: any give the same bits.
-pub(super) fn multiply_with(instructions: Instructions, x: Rows, rows: usize, products: &[Product]) {
-    let inputs = products.iter().map(|p| p.matrix.inputs).max().unwrap_or(0);
-    let blocks = RowBlocks::new(instructions, rows, inputs);
-    let units = Units {
-        together: instructions.together(blocks.tile),
-        products,
-    };
-    let per_block = units.count();
-    let cost = Cost {
-        products: products.iter().map(|p| rows * p.matrix.outputs * p.matrix.inputs).sum(),
-        bytes: products.iter().map(|p| p.matrix.bytes()).sum::<usize>() * blocks.count(),
-    };
-    let run = |range: Range<usize>, more: bool, wide: &mut Wide| {
-        for unit in range.clone() {
-            let Some((product, panels)) = units.get(unit % per_block) else {
-                continue;
-            };
-            let next = (unit + 1 < range.end || more).then(|| units.get((unit + 1) % per_block));
-            instructions.run(Columns {
-                product,
-                x,
-                rows: blocks.rows(unit / per_block),
-                tile: blocks.tile,
-                panels,
-                next: next.flatten().map(|(p, panels)| p.matrix.address(panels.start)),
-                wide,
-            });
-        }
-    };
-    share(per_block * blocks.count(), cost, |range: Range<usize>, more: bool| {
-        with_room(|room| run(range, more, room))
-    });
-}
-
-/// Groups of panels of several products, one after the other.
-struct Units<'a> {
-    together: usize,
-    products: &'a [Product<'a>],
-}
-
-impl<'a> Units<'a> {
-    fn of(&self, product: &Product) -> usize {
-        product.matrix.outputs.div_ceil(LANES).div_ceil(self.together)
-    }
-
-    fn count(&self) -> usize {
-        self.products.iter().map(|p| self.of(p)).sum()
-    }
-
-    /// The product and the panels of a unit.
-    fn get(&self, mut unit: usize) -> Option<(&'a Product<'a>, Range<usize>)> {
-        for product in self.products {
-            if unit < self.of(product) {
-                let first = unit * self.together;
-                let end = (first + self.together).min(product.matrix.outputs.div_ceil(LANES));
-                return Some((product, first..end));
-            }
-            unit -= self.of(product);
-        }
-        None
-    }
-}
-
-/// The rows of a product in blocks of tiles of nearly the same height.
-pub(super) struct RowBlocks {
-    rows: usize,
-    /// Rows of a tile.
-    pub tile: usize,
-    block: usize,
-}
-
-impl RowBlocks {
-    pub fn new(instructions: Instructions, rows: usize, inputs: usize) -> Self {
-        let tiles = rows.div_ceil(instructions.tile_rows()).max(1);
-        let tile = rows.div_ceil(tiles).max(1);
-        let fit = (ROW_BLOCK_BYTES / (4 * inputs.max(1))).clamp(*BLOCK_ROWS.start(), *BLOCK_ROWS.end());
-        // As many tiles in each block, or one less.
-        let blocks = rows.div_ceil(fit).max(1);
-        Self {
-            rows,
-            tile,
-            block: tile * tiles.div_ceil(blocks),
-        }
-    }
-
-    pub fn count(&self) -> usize {
-        self.rows.div_ceil(self.block)
-    }
-
-    /// The first row of a block and how many it has.
-    pub fn rows(&self, block: usize) -> (usize, usize) {
-        let first = block * self.block;
-        (first, (self.rows - first).min(self.block))
-    }
-}
-
-/// The products of one weight, for callers that hold tensors.
-pub(crate) fn product(x: &[f32], matrix: &Arc<PackedMatrix>) -> Vec<f32> {
-    let rows = x.len() / matrix.inputs.max(1);
-    let mut out = vec![0f32; rows * matrix.outputs];
-    let product = Product {
-        matrix,
-        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
-        out: unsafe { Output::shared(&mut out, matrix.outputs) },
-        accumulate: false,
-    };
-    let x = Rows {
-        data: x,
-        stride: matrix.inputs,
-    };
-    multiply(x, rows, &[product]);
-    out
-}
-
-#[cfg(test)]
-mod tests;

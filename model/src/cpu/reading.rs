@@ -1,10 +1,8 @@
 //! Reading weights and doing nothing with them: how fast a product can be at most where no cache holds them.
 
-use std::ops::Range;
-
 use super::PackedMatrix;
 use super::panel::{FAR, ask_for};
-use super::share::{Cost, share};
+use super::share::{Cost, Turn, share};
 
 /// Bytes of a unit that threads share out.
 const UNIT: usize = 1 << 16;
@@ -20,7 +18,7 @@ pub(crate) fn read_weights(matrices: &[&PackedMatrix], ahead: bool) {
             products: 0,
             bytes: bytes.len(),
         };
-        share(bytes.len().div_ceil(UNIT), cost, |units: Range<usize>, _| {
+        share(bytes.len().div_ceil(UNIT), cost, |Turn { units, .. }| {
             let part = &bytes[units.start * UNIT..(units.end * UNIT).min(bytes.len())];
             // A sum that is looked at, so that the reading is not left out.
             std::hint::black_box(if ahead { fold::<true>(part) } else { fold::<false>(part) });

@@ -27,18 +27,32 @@ impl Cost {
     }
 }
 
+/// What a thread does at once.
+#[derive(Debug, Clone)]
+pub(super) struct Turn {
+    /// Units, at least one.
+    pub units: Range<usize>,
+    /// Whether the thread is likely to go on with the unit behind them.
+    pub more: bool,
+    /// Which of several threads it is.
+    pub thread: (usize, usize),
+}
+
 /// Runs all `units` by ranges, on several threads where they are worth it.
 ///
 /// Every thread has a stretch of its own, the same one each time, so that what it reads lies together and may still be in
 /// its caches; one that has nothing left takes from the ends of the others'. No thread is waited for that has not begun:
-/// one that wakes too late finds nothing to do. `run` is told, too, whether its thread is likely to go on with the unit
-/// behind the range.
-pub(super) fn share(units: usize, cost: Cost, run: impl Fn(Range<usize>, bool) + Sync) {
+/// one that wakes too late finds nothing to do.
+pub(super) fn share(units: usize, cost: Cost, run: impl Fn(Turn) + Sync) {
     let threads = rayon::current_num_threads()
         .min(units)
         .min(cost.microseconds() / MICROSECONDS_PER_THREAD);
     if threads <= 1 {
-        return run(0..units, false);
+        return run(Turn {
+            units: 0..units,
+            more: false,
+            thread: (0, 1),
+        });
     }
     let at_once = (units * MICROSECONDS_AT_ONCE / cost.microseconds()).max(1);
     stretches(units, threads, at_once, &run);
@@ -48,24 +62,35 @@ pub(super) fn share(units: usize, cost: Cost, run: impl Fn(Range<usize>, bool) +
 pub(crate) fn each(count: usize, threads: usize, job: impl Fn(usize) + Sync) {
     match threads.min(count) {
         0 | 1 => (0..count).for_each(job),
-        threads => stretches(count, threads, 1, &|range: Range<usize>, _| range.for_each(&job)),
+        threads => stretches(count, threads, 1, &|turn: Turn| turn.units.for_each(&job)),
     }
 }
 
-fn stretches(units: usize, threads: usize, at_once: usize, run: &(impl Fn(Range<usize>, bool) + Sync)) {
+fn stretches(units: usize, threads: usize, at_once: usize, run: &(impl Fn(Turn) + Sync)) {
+    let first_of = |thread: usize| first_unit(units, (thread, threads));
     let stretches: Vec<Stretch> = (0..threads)
-        .map(|t| Stretch::new(units * t / threads..units * (t + 1) / threads))
+        .map(|t| Stretch::new(first_of(t)..first_of(t + 1)))
         .collect();
     spread(threads, &|own| {
+        let turn = |units, more| Turn {
+            units,
+            more,
+            thread: (own, threads),
+        };
         while let Some((range, more)) = stretches[own].first(at_once) {
-            run(range, more);
+            run(turn(range, more));
         }
         for other in 1..threads {
             while let Some(range) = stretches[(own + other) % threads].last(at_once) {
-                run(range, false);
+                run(turn(range, false));
             }
         }
     });
+}
+
+/// The unit that a thread of several begins with.
+pub(super) fn first_unit(units: usize, (thread, threads): (usize, usize)) -> usize {
+    units * thread / threads
 }
 
 /// What is left of a thread's units: the first in the high half, the end in the low one. On cache lines of its own.
@@ -138,8 +163,8 @@ mod tests {
                     bytes: 0,
                 };
                 let all = || {
-                    share(units, cost, |range, _| {
-                        range.for_each(|unit| {
+                    share(units, cost, |turn| {
+                        turn.units.for_each(|unit| {
                             seen[unit].fetch_add(1, Ordering::Relaxed);
                         });
                     });

@@ -1,12 +1,14 @@
 //! A forward pass on the CPU path: slices, panels, and buffers that are kept from pass to pass.
 
+mod linears;
+
 use super::block::Block;
-use super::linear::Linear;
 use super::{Llama, Segment};
 use crate::ModelError;
-use crate::cpu::{Attention, HostCache, Output, PackedMatrix, Product, Rows, Span, Workspace, attend, each, multiply};
+use crate::cpu::{Attention, HostCache, Output, PackedMatrix, Span, Workspace, attend, each};
 use crate::lora::{Adapter, LinearKind};
-use crate::ops::{self, host_floats};
+use crate::ops::{self, RopeTable, host_floats};
+use linears::{multiply_into, rows};
 
 /// What the layers of one pass share.
 pub(super) struct HostPass<'a> {
@@ -74,9 +76,25 @@ impl Llama {
             work.x
                 .extend_from_slice(&embeddings[token as usize * hidden..][..hidden]);
         }
-        for (layer, block) in self.blocks.iter().enumerate() {
-            self.attention_host(block, layer, pass, cache, work)?;
-            feed_forward(block, layer, pass, work)?;
+        let Some(head) = self.lm_head.packed() else {
+            unreachable!("a model on the CPU path has packed weights");
+        };
+        for (number, block) in self.blocks.iter().enumerate() {
+            let next = self.blocks.get(number + 1);
+            let layer = Layer {
+                block,
+                number,
+                pass,
+                next: next.map_or(head, |next| next.packed(LinearKind::QProj)),
+            };
+            layer.attend(&self.rope, cache, work)?;
+            if next.is_none() {
+                // Behind the last layer the head reads each span's last row alone.
+                keep_last_rows(&mut work.x, hidden, pass.spans);
+                keep_last_rows(&mut work.mixed, block.shape.q_width(), pass.spans);
+            }
+            layer.add_attended(work)?;
+            layer.feed_forward(work)?;
         }
         let norm = host_floats(&self.norm)?;
         work.normed.resize(pass.spans.len() * hidden, 0.0);
@@ -88,32 +106,34 @@ impl Llama {
                 out,
             );
         }
-        let Some(head) = self.lm_head.packed() else {
-            unreachable!("a model on the CPU path has packed weights");
-        };
         logits.resize(pass.spans.len() * self.config.vocab_size, 0.0);
-        multiply_into(head, rows(&work.normed, hidden), logits, false);
+        multiply_into(head, rows(&work.normed, hidden), logits, false, None);
         Ok(())
     }
+}
 
-    /// `x += attention(norm(x))`.
-    fn attention_host(
-        &self,
-        block: &Block,
-        layer: usize,
-        pass: &HostPass,
-        cache: &mut HostCache,
-        work: &mut Workspace,
-    ) -> Result<(), ModelError> {
-        let (shape, hidden) = (block.shape, self.config.hidden_size);
-        normalise(&work.x, &host_floats(&block.input_norm)?, block.eps, &mut work.normed);
-        let x = rows(&work.normed, hidden);
+/// A layer of a pass.
+struct Layer<'a> {
+    block: &'a Block,
+    number: usize,
+    pass: &'a HostPass<'a>,
+    /// What is multiplied behind it.
+    next: &'a PackedMatrix,
+}
+
+impl Layer<'_> {
+    /// `mixed = attention(norm(x))`, before its last linear layer.
+    fn attend(&self, rope: &RopeTable, cache: &mut HostCache, work: &mut Workspace) -> Result<(), ModelError> {
+        let block = self.block;
+        let norm = host_floats(&block.input_norm)?;
+        normalise(&work.x, &norm, block.eps, &mut work.normed);
         let wanted = [
             (LinearKind::QProj, &mut work.q),
             (LinearKind::KProj, &mut work.k),
             (LinearKind::VProj, &mut work.v),
         ];
-        linears(block, layer, pass, x, wanted, &mut work.low)?;
+        let x = rows(&work.normed, norm.len());
+        self.linears(x, wanted, &mut work.low, block.packed(LinearKind::OProj))?;
         let norms = block.qk_norms.as_ref();
         let norms = norms.map(|(q, k)| Ok::<_, ModelError>((host_floats(q)?, host_floats(k)?)));
         let norms = norms.transpose()?;
@@ -124,120 +144,30 @@ impl Llama {
             v: &work.v,
             norms: norms.as_ref().map(|(q, k)| (&**q, &**k)),
             eps: block.eps as f32,
-            rope: &self.rope,
-            shape,
+            rope,
+            shape: block.shape,
         };
-        attend(&attention, cache, layer, pass.spans, &mut work.mixed);
-        if layer + 1 == self.blocks.len() {
-            // Behind the last layer the head reads each span's last row alone.
-            keep_last_rows(&mut work.x, hidden, pass.spans);
-            keep_last_rows(&mut work.mixed, shape.q_width(), pass.spans);
-        }
-        let x = rows(&work.mixed, shape.q_width());
-        add_linear(block, LinearKind::OProj, layer, pass, x, &mut work.x, &mut work.low)
+        attend(&attention, cache, self.number, self.pass.spans, &mut work.mixed);
+        Ok(())
     }
-}
 
-/// `x += feed_forward(norm(x))`.
-fn feed_forward(block: &Block, layer: usize, pass: &HostPass, work: &mut Workspace) -> Result<(), ModelError> {
-    let norm = host_floats(&block.post_attention_norm)?;
-    normalise(&work.x, &norm, block.eps, &mut work.normed);
-    let x = rows(&work.normed, norm.len());
-    let wanted = [
-        (LinearKind::GateProj, &mut work.gate),
-        (LinearKind::UpProj, &mut work.up),
-    ];
-    linears(block, layer, pass, x, wanted, &mut work.low)?;
-    let width = packed(&block.linears[LinearKind::GateProj as usize]).shape().0;
-    let up = &work.up;
-    by_rows(&mut work.gate, width, |row, gate| {
-        ops::swiglu_in_place(gate, &up[row * width..][..width])
-    });
-    let x = rows(&work.gate, width);
-    add_linear(block, LinearKind::DownProj, layer, pass, x, &mut work.x, &mut work.low)
-}
-
-/// Several linear layers of the same input, side by side, each into its own buffer.
-fn linears<const N: usize>(
-    block: &Block,
-    layer: usize,
-    pass: &HostPass,
-    x: Rows,
-    mut wanted: [(LinearKind, &mut Vec<f32>); N],
-    low: &mut Vec<f32>,
-) -> Result<(), ModelError> {
-    let tokens = x.data.len() / x.stride;
-    let mut products = Vec::with_capacity(N);
-    for (kind, out) in &mut wanted {
-        let linear = &block.linears[*kind as usize];
-        let matrix = packed(linear);
-        let width = matrix.shape().0;
-        out.resize(tokens * width, 0.0);
-        if let Some(bias) = &linear.bias {
-            let bias = host_floats(bias)?;
-            out.chunks_exact_mut(width).for_each(|row| row.copy_from_slice(&bias));
-        }
-        products.push(Product {
-            matrix,
-            // SAFETY: each product has a buffer of its own, `multiply` shares out its columns, and it is read only when
-            // that has returned.
-            out: unsafe { Output::shared(out, width) },
-            accumulate: linear.bias.is_some(),
-        });
+    /// `x +=` what attention gave.
+    fn add_attended(&self, work: &mut Workspace) -> Result<(), ModelError> {
+        let mixed = rows(&work.mixed, self.block.shape.q_width());
+        let next = self.block.packed(LinearKind::GateProj);
+        self.add_linear(LinearKind::OProj, mixed, &mut work.x, &mut work.low, next)
     }
-    multiply(x, tokens, &products);
-    for (kind, out) in wanted {
-        add_low_rank(kind, layer, pass, x, out, low)?;
+
+    /// `x += feed_forward(norm(x))`.
+    fn feed_forward(&self, work: &mut Workspace) -> Result<(), ModelError> {
+        let block = self.block;
+        let norm = host_floats(&block.post_attention_norm)?;
+        normalise(&work.x, &norm, block.eps, &mut work.normed);
+        let x = rows(&work.normed, norm.len());
+        self.gate(x, &mut work.gate, &mut work.up, &mut work.low)?;
+        let gate = rows(&work.gate, block.packed(LinearKind::GateProj).shape().0);
+        self.add_linear(LinearKind::DownProj, gate, &mut work.x, &mut work.low, self.next)
     }
-    Ok(())
-}
-
-/// `sum += linear(x)`; the layers that end a residual branch have no bias.
-fn add_linear(
-    block: &Block,
-    kind: LinearKind,
-    layer: usize,
-    pass: &HostPass,
-    x: Rows,
-    sum: &mut [f32],
-    low: &mut Vec<f32>,
-) -> Result<(), ModelError> {
-    multiply_into(packed(&block.linears[kind as usize]), x, sum, true);
-    add_low_rank(kind, layer, pass, x, sum, low)
-}
-
-/// `sum += scale * B A x` where the adapter changes this layer.
-fn add_low_rank(
-    kind: LinearKind,
-    layer: usize,
-    pass: &HostPass,
-    x: Rows,
-    sum: &mut [f32],
-    low: &mut Vec<f32>,
-) -> Result<(), ModelError> {
-    let Some((adapter, pair)) = pass.adapter.and_then(|a| Some((a, a.pair(layer, kind)?))) else {
-        return Ok(());
-    };
-    let (pair, tokens) = (pair.packed()?, x.data.len() / x.stride);
-    let (rank, _) = pair.a.shape();
-    low.resize(tokens * rank, 0.0);
-    multiply_into(&pair.a, x, low, false);
-    pass.drop_unadapted(low, rank);
-    let scale = adapter.config().scale() as f32;
-    low.iter_mut().for_each(|v| *v *= scale);
-    multiply_into(&pair.b, rows(low, rank), sum, true);
-    Ok(())
-}
-
-/// `out = x wᵀ`, or `out += x wᵀ`.
-fn multiply_into(matrix: &PackedMatrix, x: Rows, out: &mut [f32], accumulate: bool) {
-    let product = Product {
-        matrix,
-        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
-        out: unsafe { Output::shared(out, matrix.shape().0) },
-        accumulate,
-    };
-    multiply(x, x.data.len() / x.stride, &[product]);
 }
 
 /// Moves each span's last row to the front and drops the others.
@@ -247,17 +177,6 @@ fn keep_last_rows(data: &mut Vec<f32>, width: usize, spans: &[Span]) {
         data.copy_within(last * width..(last + 1) * width, row * width);
     }
     data.truncate(spans.len() * width);
-}
-
-fn packed(linear: &Linear) -> &PackedMatrix {
-    match linear.weight.packed() {
-        Some(weight) => weight,
-        None => unreachable!("a model on the CPU path has packed weights"),
-    }
-}
-
-fn rows(data: &[f32], stride: usize) -> Rows<'_> {
-    Rows { data, stride }
 }
 
 fn normalise(x: &[f32], w: &[f32], eps: f64, out: &mut Vec<f32>) {

@@ -285,7 +285,7 @@ impl LayerOp {
             data: x,
             stride: inputs,
         };
-        multiply(rows, x.len() / inputs, &products);
+        multiply(rows, x.len() / inputs, &products, None);
         Ok(())
     }
 

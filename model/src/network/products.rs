@@ -96,12 +96,13 @@ impl Llama {
         let mut best = [f64::INFINITY; GROUPS.len() + 1];
         for pass in 0..PASSES {
             let mut seconds = [0.0; GROUPS.len() + 1];
+            let mut following = layers.iter().flatten().chain([&head]).skip(1);
             for layer in &layers {
                 for (matrices, seconds) in layer.iter().zip(&mut seconds) {
-                    *seconds += buffers.time(matrices);
+                    *seconds += buffers.time(matrices, following.next().map(|m| m[0]));
                 }
             }
-            seconds[GROUPS.len()] = buffers.time(&head);
+            seconds[GROUPS.len()] = buffers.time(&head, None);
             if pass > 0 {
                 best = std::array::from_fn(|i| best[i].min(seconds[i]));
             }
@@ -156,8 +157,8 @@ impl Buffers {
         }
     }
 
-    /// Seconds that the product of `matrices` (at most three) with the rows takes.
-    fn time(&mut self, matrices: &[&PackedMatrix]) -> f64 {
+    /// Seconds that the product of `matrices` (at most three) with the rows takes, before `next` is multiplied.
+    fn time(&mut self, matrices: &[&PackedMatrix], next: Option<&PackedMatrix>) -> f64 {
         let inputs = matrices[0].shape().1;
         let products = matrices.iter().zip(&mut self.out).map(|(matrix, out)| Product {
             matrix,
@@ -171,14 +172,14 @@ impl Buffers {
             stride: inputs,
         };
         let began = Instant::now();
-        multiply(x, self.rows, &products);
+        multiply(x, self.rows, &products, next);
         began.elapsed().as_secs_f64()
     }
 
     /// The least seconds of one product that can be had, again and again with the same operands.
     fn fastest(&mut self, matrices: &[&PackedMatrix], outputs: usize) -> f64 {
         let inputs = matrices[0].shape().1;
-        let ours = least(|| self.time(matrices));
+        let ours = least(|| self.time(matrices, Some(matrices[0])));
         let weight: Vec<f32> = matrices.iter().flat_map(|m| m.unpack()).collect();
         let mut out = vec![0f32; self.rows * outputs];
         let shape = (self.rows, outputs, inputs);

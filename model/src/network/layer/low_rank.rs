@@ -146,5 +146,5 @@ pub(super) fn multiply_into(matrix: &PackedMatrix, x: &[f32], out: &mut [f32], a
         data: x,
         stride: inputs,
     };
-    multiply(rows, x.len() / inputs, &[product]);
+    multiply(rows, x.len() / inputs, &[product], None);
 }

@@ -77,6 +77,7 @@ fn large_products_are_shared_out_and_add_up() {
                 out,
                 accumulate,
             }],
+            None,
         );
     }
     let once = product(&x, &Arc::new(packed));
@@ -122,7 +123,7 @@ fn bits(
         data: x,
         stride: inputs,
     };
-    multiply_with(instructions, x, rows, &[product]);
+    multiply_with(instructions, x, rows, Wanted::Each(&[product]), None);
     multiply_turned_with(
         instructions,
         &[Turned { grad, matrix }],
@@ -158,6 +159,44 @@ fn all_instructions_give_the_same_bits_and_a_row_those_that_it_has_alone() {
                     out == want.0[row * outputs..] && dx == want.1[first..],
                     "row {row} alone"
                 );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_gated_product_is_the_activation_of_two_whatever_is_asked_for_meanwhile() {
+    for (rows, outputs, inputs) in [(1, 16, 8), (3, 33, 300), (16, 130, 40), (200, 47, 20)] {
+        let weight = |seed| PackedMatrix::pack(&values(outputs * inputs, seed), outputs, inputs);
+        let (exact, next) = ([weight(2), weight(3)], PackedMatrix::pack(&values(48 * 5, 4), 48, 5));
+        let small = exact.each_ref().map(PackedMatrix::quantized);
+        let x = values(rows * inputs, 1);
+        let x = Rows {
+            data: &x,
+            stride: inputs,
+        };
+        for matrices in [exact, small] {
+            let [mut gate, mut up] = [7, 8].map(|seed| values(rows * outputs, seed));
+            let mut want = [gate.clone(), up.clone()];
+            // What is added to what is there already, as a bias is.
+            for accumulate in [false, true] {
+                let product = |matrix, out: &mut Vec<f32>| Product {
+                    matrix,
+                    // SAFETY: read only when the product is there.
+                    out: unsafe { Output::shared(out, outputs) },
+                    accumulate,
+                };
+                let both = [product(&matrices[0], &mut gate), product(&matrices[1], &mut up)];
+                multiply_gated(x, rows, &both, Some(&next));
+                let [first, second] = &mut want;
+                multiply(
+                    x,
+                    rows,
+                    &[product(&matrices[0], first), product(&matrices[1], second)],
+                    None,
+                );
+                ops::swiglu_in_place(first, second);
+                assert_eq!((&gate, &up), (&*first, &*second), "{rows}x{outputs}x{inputs}");
             }
         }
     }

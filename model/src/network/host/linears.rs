@@ -1,0 +1,141 @@
+//! The linear layers of a pass on the CPU path, with their biases and low-rank terms.
+
+use super::super::block::Block;
+use super::{Layer, by_rows};
+use crate::ModelError;
+use crate::cpu::{Output, PackedMatrix, Product, Rows, multiply, multiply_gated};
+use crate::lora::LinearKind;
+use crate::ops::{self, host_floats};
+
+impl Layer<'_> {
+    /// Several linear layers of the same input, side by side, each into its own buffer, before `next` is multiplied.
+    pub(super) fn linears<const N: usize>(
+        &self,
+        x: Rows,
+        mut wanted: [(LinearKind, &mut Vec<f32>); N],
+        low: &mut Vec<f32>,
+        next: &PackedMatrix,
+    ) -> Result<(), ModelError> {
+        let tokens = x.data.len() / x.stride;
+        let mut products = Vec::with_capacity(N);
+        for (kind, out) in &mut wanted {
+            products.push(self.begun(*kind, tokens, out)?);
+        }
+        multiply(x, tokens, &products, Some(next));
+        for (kind, out) in wanted {
+            self.add_low_rank(kind, x, out, low)?;
+        }
+        Ok(())
+    }
+
+    /// `gate = silu(gate(x)) * up(x)`.
+    pub(super) fn gate(
+        &self,
+        x: Rows,
+        gate: &mut Vec<f32>,
+        up: &mut Vec<f32>,
+        low: &mut Vec<f32>,
+    ) -> Result<(), ModelError> {
+        let down = self.block.packed(LinearKind::DownProj);
+        if !self.adapts(LinearKind::GateProj) && !self.adapts(LinearKind::UpProj) {
+            let tokens = x.data.len() / x.stride;
+            let gate = self.begun(LinearKind::GateProj, tokens, gate)?;
+            let up = self.begun(LinearKind::UpProj, tokens, up)?;
+            multiply_gated(x, tokens, &[gate, up], Some(down));
+            return Ok(());
+        }
+        // The low-rank terms come before the activation.
+        let wanted = [(LinearKind::GateProj, &mut *gate), (LinearKind::UpProj, &mut *up)];
+        self.linears(x, wanted, low, down)?;
+        let width = self.block.packed(LinearKind::GateProj).shape().0;
+        by_rows(gate, width, |row, gate| {
+            ops::swiglu_in_place(gate, &up[row * width..][..width])
+        });
+        Ok(())
+    }
+
+    /// `sum += linear(x)`, before `next` is multiplied; the layers that end a residual branch have no bias.
+    pub(super) fn add_linear(
+        &self,
+        kind: LinearKind,
+        x: Rows,
+        sum: &mut [f32],
+        low: &mut Vec<f32>,
+        next: &PackedMatrix,
+    ) -> Result<(), ModelError> {
+        multiply_into(self.block.packed(kind), x, sum, true, Some(next));
+        self.add_low_rank(kind, x, sum, low)
+    }
+
+    /// A linear layer's product, with room made for it and its bias there already.
+    fn begun(&self, kind: LinearKind, tokens: usize, out: &mut Vec<f32>) -> Result<Product<'_>, ModelError> {
+        let matrix = self.block.packed(kind);
+        let bias = self.block.linears[kind as usize].bias.as_ref();
+        let width = matrix.shape().0;
+        out.resize(tokens * width, 0.0);
+        if let Some(bias) = bias {
+            let bias = host_floats(bias)?;
+            out.chunks_exact_mut(width).for_each(|row| row.copy_from_slice(&bias));
+        }
+        Ok(Product {
+            matrix,
+            // SAFETY: each product has a buffer of its own, which nobody else touches until it is multiplied: that shares
+            // out its columns, and returns when all are done.
+            out: unsafe { Output::shared(out, width) },
+            accumulate: bias.is_some(),
+        })
+    }
+
+    /// Whether the adapter changes this linear layer.
+    fn adapts(&self, kind: LinearKind) -> bool {
+        self.pass.adapter.is_some_and(|a| a.pair(self.number, kind).is_some())
+    }
+
+    /// `sum += scale * B A x` where the adapter changes this linear layer.
+    fn add_low_rank(&self, kind: LinearKind, x: Rows, sum: &mut [f32], low: &mut Vec<f32>) -> Result<(), ModelError> {
+        let adapter = self.pass.adapter;
+        let Some((adapter, pair)) = adapter.and_then(|a| Some((a, a.pair(self.number, kind)?))) else {
+            return Ok(());
+        };
+        let (pair, tokens) = (pair.packed()?, x.data.len() / x.stride);
+        let (rank, _) = pair.a.shape();
+        low.resize(tokens * rank, 0.0);
+        multiply_into(&pair.a, x, low, false, None);
+        self.pass.drop_unadapted(low, rank);
+        let scale = adapter.config().scale() as f32;
+        low.iter_mut().for_each(|v| *v *= scale);
+        multiply_into(&pair.b, rows(low, rank), sum, true, None);
+        Ok(())
+    }
+}
+
+impl Block {
+    /// A linear layer's weight on the CPU path.
+    pub(super) fn packed(&self, kind: LinearKind) -> &PackedMatrix {
+        match self.linears[kind as usize].weight.packed() {
+            Some(weight) => weight,
+            None => unreachable!("a model on the CPU path has packed weights"),
+        }
+    }
+}
+
+/// `out = x wᵀ`, or `out += x wᵀ`, before `next` is multiplied.
+pub(super) fn multiply_into(
+    matrix: &PackedMatrix,
+    x: Rows,
+    out: &mut [f32],
+    accumulate: bool,
+    next: Option<&PackedMatrix>,
+) {
+    let product = Product {
+        matrix,
+        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
+        out: unsafe { Output::shared(out, matrix.shape().0) },
+        accumulate,
+    };
+    multiply(x, x.data.len() / x.stride, &[product], next);
+}
+
+pub(super) fn rows(data: &[f32], stride: usize) -> Rows<'_> {
+    Rows { data, stride }
+}
