@@ -145,6 +145,22 @@ fn alone(engine: &mut Engine, requests: &[SequenceRequest]) -> anyhow::Result<An
     Ok(answers)
 }
 
+/// That each answer is the one that its request gets alone or, for some that were `cancelled`, the beginning of that.
+/// Returns how many of these there are.
+fn check_answers<'a>(answers: &Answers, alone: &Answers, cancelled: impl IntoIterator<Item = &'a str>) -> usize {
+    let cancelled: Vec<&str> = cancelled.into_iter().collect();
+    assert_eq!(answers.len(), alone.len(), "every request is handed back once");
+    for (id, (tokens, finish)) in answers {
+        let (whole, ended) = &alone[id];
+        match finish {
+            FinishReason::Cancelled => assert!(cancelled.contains(&id.as_str()) && whole.starts_with(tokens), "{id}"),
+            _ => assert_eq!((tokens, finish), (whole, ended), "{id}"),
+        }
+    }
+    let ends = answers.values().map(|(_, finish)| *finish);
+    ends.filter(|finish| *finish == FinishReason::Cancelled).count()
+}
+
 #[test]
 fn every_strategy_gives_what_each_request_gets_alone() -> anyhow::Result<()> {
     let model = model()?;

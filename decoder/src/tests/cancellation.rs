@@ -117,15 +117,7 @@ fn whoever_is_cancelled_the_others_answers_are_what_they_get_alone() -> anyhow::
         for cancelled in [["r1", "r2", "r17"], ["r0", "r3", "r23"], ["r5", "r6", "r7"]] {
             let mut engine = engine(&model, cache)?;
             let Ran { answers, .. } = run_and_cancel(&mut engine, &requests, 6, &cancelled, true)?;
-            assert_eq!(answers.len(), 24, "every request is handed back");
-            for (id, (tokens, finish)) in &answers {
-                let (whole, ended) = &want[id];
-                match finish {
-                    FinishReason::Cancelled => assert!(cancelled.contains(&id.as_str()) && whole.starts_with(tokens)),
-                    _ => assert_eq!((tokens, finish), (whole, ended), "{id}"),
-                }
-            }
-            assert!(answers.values().any(|(_, finish)| *finish == FinishReason::Cancelled));
+            assert!(check_answers(&answers, &want, cancelled) > 0);
         }
     }
     Ok(())
@@ -228,20 +220,11 @@ fn whoever_is_cancelled_under_whatever_strategy_the_others_answers_are_what_they
             let config = config(strategy).with(fcr, fcr);
             let Ran { answers, stats } =
                 run_script(&mut engine(&model, cache)?, &requests, &predicted, &config, &script)?;
-            assert_eq!(answers.len(), 24, "every request is handed back");
-            let mut ended = 0;
-            for (id, (tokens, finish)) in &answers {
-                match finish {
-                    FinishReason::Cancelled => {
-                        assert!(names.iter().any(|name| name == id.as_str()) && want[id].0.starts_with(tokens));
-                    }
-                    _ => {
-                        ended += tokens.len() as u64;
-                        assert_eq!((tokens, finish), (&want[id].0, &want[id].1), "{strategy}: {id}");
-                    }
-                }
-            }
-            assert!(answers.values().any(|(_, finish)| *finish == FinishReason::Cancelled));
+            assert!(check_answers(&answers, &want, names.iter().map(String::as_str)) > 0);
+            let ended = answers
+                .values()
+                .filter(|(_, finish)| *finish != FinishReason::Cancelled);
+            let ended: u64 = ended.map(|(tokens, _)| tokens.len() as u64).sum();
             assert_eq!(stats.useful_tokens, ended, "{strategy}");
             let computed: u64 = answers.values().map(|(tokens, _)| tokens.len() as u64).sum();
             assert!(stats.slot_steps >= computed, "{strategy}");

@@ -93,18 +93,8 @@ fn a_cancelled_one_leaves_the_others_what_they_get_alone() -> anyhow::Result<()>
         &mut sink,
     )?;
     assert_eq!(engine.cache.free_tokens(), engine.cache_tokens(), "blocks were lost");
-    assert_eq!(answers.len(), requests.len());
-    let mut cancelled = 0;
-    for (id, (tokens, finish)) in &answers {
-        match finish {
-            FinishReason::Cancelled => {
-                cancelled += 1;
-                assert!(want[id].0.starts_with(tokens), "{id}");
-            }
-            _ => assert_eq!((tokens, finish), (&want[id].0, &want[id].1), "{id}"),
-        }
-    }
-    assert!(cancelled > 0);
+    let cancelled = requests.iter().take(5).map(|r| r.id.as_str());
+    assert!(check_answers(&answers, &want, cancelled) > 0);
     Ok(())
 }
 
