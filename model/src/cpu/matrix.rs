@@ -133,8 +133,12 @@ impl PackedMatrix {
 
     /// The panels that one of several threads begins with, where as many as `together` are shared out at once.
     pub(super) fn first(&self, together: usize, thread: (usize, usize)) -> Next {
-        let units = self.outputs.div_ceil(LANES).div_ceil(together);
-        self.next(first_unit(units, thread) * together)
+        self.next(first_unit(self.groups(together), thread) * together)
+    }
+
+    /// How many groups of `together` panels there are.
+    pub(super) fn groups(&self, together: usize) -> usize {
+        self.outputs.div_ceil(LANES).div_ceil(together)
     }
 
     fn start(&self) -> *const u8 {

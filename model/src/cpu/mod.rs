@@ -26,7 +26,7 @@ pub(crate) use attention::{Attention, Span, attend};
 pub(crate) use backward::{Turned, multiply_turned, outer};
 pub(crate) use cache::HostCache;
 pub(crate) use matrix::PackedMatrix;
-pub(crate) use multiply::{Product, multiply, multiply_gated, product};
+pub(crate) use multiply::{Product, multiply, multiply_gated, multiply_into, product};
 pub(crate) use packed_attention::{Attended, Sequences, attend_packed, attend_packed_backward};
 pub(crate) use panel::{Output, Rows};
 pub(crate) use reading::read_weights;

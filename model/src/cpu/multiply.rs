@@ -1,7 +1,6 @@
 //! Products with frozen weights: which rows and panels go together, and which thread has them.
 
 use std::ops::{Range, RangeInclusive};
-use std::sync::Arc;
 
 use super::columns::{Columns, Wide, with_room};
 use super::instructions::Instructions;
@@ -111,7 +110,7 @@ struct Units<'a> {
 
 impl<'a> Units<'a> {
     fn of(&self, product: &Product) -> usize {
-        product.matrix.outputs.div_ceil(LANES).div_ceil(self.together)
+        product.matrix.groups(self.together)
     }
 
     /// Those of a block of rows.
@@ -197,21 +196,33 @@ impl RowBlocks {
     }
 }
 
-/// The products of one weight, for callers that hold tensors.
-pub(crate) fn product(x: &[f32], matrix: &Arc<PackedMatrix>) -> Vec<f32> {
-    let rows = x.len() / matrix.inputs.max(1);
-    let mut out = vec![0f32; rows * matrix.outputs];
+/// `out = x wᵀ`, or `out += x wᵀ`, before `then` is multiplied.
+///
+/// - `x`: `[rows, inputs]`; `out`: `[rows, outputs]`
+pub(crate) fn multiply_into(
+    matrix: &PackedMatrix,
+    x: &[f32],
+    out: &mut [f32],
+    accumulate: bool,
+    then: Option<&PackedMatrix>,
+) {
     let product = Product {
         matrix,
         // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
-        out: unsafe { Output::shared(&mut out, matrix.outputs) },
-        accumulate: false,
+        out: unsafe { Output::shared(out, matrix.outputs) },
+        accumulate,
     };
-    let x = Rows {
+    let rows = Rows {
         data: x,
         stride: matrix.inputs,
     };
-    multiply(x, rows, &[product], None);
+    multiply(rows, x.len() / matrix.inputs.max(1), &[product], then);
+}
+
+/// [`multiply_into`] new memory.
+pub(crate) fn product(x: &[f32], matrix: &PackedMatrix) -> Vec<f32> {
+    let mut out = vec![0f32; x.len() / matrix.inputs.max(1) * matrix.outputs];
+    multiply_into(matrix, x, &mut out, false, None);
     out
 }
 

@@ -5,10 +5,10 @@ mod linears;
 use super::block::Block;
 use super::{Llama, Segment};
 use crate::ModelError;
-use crate::cpu::{Attention, HostCache, Output, PackedMatrix, Span, Workspace, attend, each};
+use crate::cpu::{Attention, HostCache, Output, PackedMatrix, Span, Workspace, attend, each, multiply_into};
 use crate::lora::{Adapter, LinearKind};
 use crate::ops::{self, RopeTable, host_floats};
-use linears::{multiply_into, rows};
+use linears::rows;
 
 /// What the layers of one pass share.
 pub(super) struct HostPass<'a> {
@@ -107,7 +107,7 @@ impl Llama {
             );
         }
         logits.resize(pass.spans.len() * self.config.vocab_size, 0.0);
-        multiply_into(head, rows(&work.normed, hidden), logits, false, None);
+        multiply_into(head, &work.normed, logits, false, None);
         Ok(())
     }
 }
@@ -153,9 +153,8 @@ impl Layer<'_> {
 
     /// `x +=` what attention gave.
     fn add_attended(&self, work: &mut Workspace) -> Result<(), ModelError> {
-        let mixed = rows(&work.mixed, self.block.shape.q_width());
         let next = self.block.packed(LinearKind::GateProj);
-        self.add_linear(LinearKind::OProj, mixed, &mut work.x, &mut work.low, next)
+        self.add_linear(LinearKind::OProj, &work.mixed, &mut work.x, &mut work.low, next)
     }
 
     /// `x += feed_forward(norm(x))`.
@@ -165,8 +164,7 @@ impl Layer<'_> {
         normalise(&work.x, &norm, block.eps, &mut work.normed);
         let x = rows(&work.normed, norm.len());
         self.gate(x, &mut work.gate, &mut work.up, &mut work.low)?;
-        let gate = rows(&work.gate, block.packed(LinearKind::GateProj).shape().0);
-        self.add_linear(LinearKind::DownProj, gate, &mut work.x, &mut work.low, self.next)
+        self.add_linear(LinearKind::DownProj, &work.gate, &mut work.x, &mut work.low, self.next)
     }
 }
 

@@ -17,7 +17,7 @@ use candle_core::{Result, Tensor};
 use super::block::Block;
 use super::host::by_rows;
 use super::stack::Layer;
-use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Sequences, attend_packed, multiply};
+use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Sequences, attend_packed, multiply, multiply_into};
 use crate::lora::{LinearKind, Terms};
 use crate::ops::{self, RopeTable, host_floats};
 use low_rank::{Forward, LowRank};
@@ -291,6 +291,6 @@ impl LayerOp {
 
     /// Adds the frozen part; the layers that end a residual branch have no bias.
     fn add_linear(&self, kind: LinearKind, x: &[f32], sum: &mut [f32]) {
-        low_rank::multiply_into(self.matrix(kind), x, sum, true);
+        multiply_into(self.matrix(kind), x, sum, true, None);
     }
 }

@@ -8,7 +8,7 @@ fn values(n: usize, seed: usize) -> Vec<f32> {
 
 fn check(rows: usize, outputs: usize, inputs: usize) {
     let (x, w) = (values(rows * inputs, 1), values(outputs * inputs, 2));
-    let packed = Arc::new(PackedMatrix::pack(&w, outputs, inputs));
+    let packed = PackedMatrix::pack(&w, outputs, inputs);
     assert_eq!(packed.unpack(), w);
     let got = product(&x, &packed);
     let grad = values(rows * outputs, 3);
@@ -80,7 +80,7 @@ fn large_products_are_shared_out_and_add_up() {
             None,
         );
     }
-    let once = product(&x, &Arc::new(packed));
+    let once = product(&x, &packed);
     assert!(twice.iter().zip(&once).all(|(t, o)| (t - 2.0 * o).abs() < 1e-4));
 }
 
@@ -88,11 +88,11 @@ fn large_products_are_shared_out_and_add_up() {
 fn an_eight_bit_weight_multiplies_as_the_numbers_it_stands_for() {
     for (rows, outputs, inputs) in [(1, 17, 3), (1, 130, 400), (5, 33, 64), (7, 40, 400), (200, 64, 769)] {
         let exact = PackedMatrix::pack(&values(outputs * inputs, 2), outputs, inputs);
-        let small = Arc::new(exact.quantized());
-        let same = Arc::new(PackedMatrix::pack(&small.unpack(), outputs, inputs));
+        let small = exact.quantized();
+        let same = PackedMatrix::pack(&small.unpack(), outputs, inputs);
         let (x, grad) = (values(rows * inputs, 1), values(rows * outputs, 3));
         assert_eq!(product(&x, &small), product(&x, &same), "{rows}x{outputs}x{inputs}");
-        let backward = |matrix: &Arc<PackedMatrix>| {
+        let backward = |matrix: &PackedMatrix| {
             let mut dx = vec![0f32; rows * inputs];
             multiply_turned(&[Turned { grad: &grad, matrix }], &mut dx, false);
             dx

@@ -3,7 +3,7 @@
 use super::super::block::Block;
 use super::{Layer, by_rows};
 use crate::ModelError;
-use crate::cpu::{Output, PackedMatrix, Product, Rows, multiply, multiply_gated};
+use crate::cpu::{Output, PackedMatrix, Product, Rows, multiply, multiply_gated, multiply_into};
 use crate::lora::LinearKind;
 use crate::ops::{self, host_floats};
 
@@ -23,7 +23,7 @@ impl Layer<'_> {
         }
         multiply(x, tokens, &products, Some(next));
         for (kind, out) in wanted {
-            self.add_low_rank(kind, x, out, low)?;
+            self.add_low_rank(kind, x.data, out, low)?;
         }
         Ok(())
     }
@@ -58,7 +58,7 @@ impl Layer<'_> {
     pub(super) fn add_linear(
         &self,
         kind: LinearKind,
-        x: Rows,
+        x: &[f32],
         sum: &mut [f32],
         low: &mut Vec<f32>,
         next: &PackedMatrix,
@@ -92,19 +92,19 @@ impl Layer<'_> {
     }
 
     /// `sum += scale * B A x` where the adapter changes this linear layer.
-    fn add_low_rank(&self, kind: LinearKind, x: Rows, sum: &mut [f32], low: &mut Vec<f32>) -> Result<(), ModelError> {
+    fn add_low_rank(&self, kind: LinearKind, x: &[f32], sum: &mut [f32], low: &mut Vec<f32>) -> Result<(), ModelError> {
         let adapter = self.pass.adapter;
         let Some((adapter, pair)) = adapter.and_then(|a| Some((a, a.pair(self.number, kind)?))) else {
             return Ok(());
         };
-        let (pair, tokens) = (pair.packed()?, x.data.len() / x.stride);
-        let (rank, _) = pair.a.shape();
-        low.resize(tokens * rank, 0.0);
+        let pair = pair.packed()?;
+        let (rank, inputs) = pair.a.shape();
+        low.resize(x.len() / inputs * rank, 0.0);
         multiply_into(&pair.a, x, low, false, None);
         self.pass.drop_unadapted(low, rank);
         let scale = adapter.config().scale() as f32;
         low.iter_mut().for_each(|v| *v *= scale);
-        multiply_into(&pair.b, rows(low, rank), sum, true, None);
+        multiply_into(&pair.b, low, sum, true, None);
         Ok(())
     }
 }
@@ -117,23 +117,6 @@ impl Block {
             None => unreachable!("a model on the CPU path has packed weights"),
         }
     }
-}
-
-/// `out = x wᵀ`, or `out += x wᵀ`, before `next` is multiplied.
-pub(super) fn multiply_into(
-    matrix: &PackedMatrix,
-    x: Rows,
-    out: &mut [f32],
-    accumulate: bool,
-    next: Option<&PackedMatrix>,
-) {
-    let product = Product {
-        matrix,
-        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
-        out: unsafe { Output::shared(out, matrix.shape().0) },
-        accumulate,
-    };
-    multiply(x, x.data.len() / x.stride, &[product], next);
 }
 
 pub(super) fn rows(data: &[f32], stride: usize) -> Rows<'_> {

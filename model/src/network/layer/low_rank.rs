@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Turned, multiply, multiply_turned, outer};
+use crate::cpu::{PackedMatrix, Scratch, Turned, multiply_into, multiply_turned, outer};
 use crate::lora::{Dropout, LinearKind, Mask, Term, Terms};
 
 impl Terms {
@@ -108,9 +108,9 @@ impl Forward<'_> {
         let mask = self.dropout.as_ref().and_then(|d| d.mask(x.len()));
         let dropped = dropped(x, mask.as_ref(), self.scratch);
         let mut low = self.scratch.take(x.len() / term.inputs * term.rank);
-        multiply_into(&a, &dropped, &mut low, false);
+        multiply_into(&a, &dropped, &mut low, false, None);
         low.iter_mut().for_each(|v| *v *= self.terms.scale);
-        multiply_into(&b, &low, out, true);
+        multiply_into(&b, &low, out, true, None);
         if let Cow::Owned(dropped) = dropped {
             self.scratch.give([dropped]);
         }
@@ -131,20 +131,4 @@ fn dropped<'a>(x: &'a [f32], mask: Option<&Mask>, scratch: &Scratch) -> Cow<'a, 
             Cow::Owned(x)
         }
     }
-}
-
-/// `out = x wᵀ`, or `out += x wᵀ`.
-pub(super) fn multiply_into(matrix: &PackedMatrix, x: &[f32], out: &mut [f32], accumulate: bool) {
-    let (outputs, inputs) = matrix.shape();
-    let product = Product {
-        matrix,
-        // SAFETY: `multiply` shares out columns, and `out` is read only when it has returned.
-        out: unsafe { Output::shared(out, outputs) },
-        accumulate,
-    };
-    let rows = Rows {
-        data: x,
-        stride: inputs,
-    };
-    multiply(rows, x.len() / inputs, &[product], None);
 }
