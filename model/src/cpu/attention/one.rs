@@ -103,11 +103,16 @@ impl<L: Stored> Step<'_, L> {
             // No further than the last token: what lies behind it belongs to nobody.
             let tokens = (tokens - b * LANES).min(LANES);
             let next = *blocks.get(b + 1).unwrap_or(&block);
+            let next = self.cache.values(next, head).as_ptr();
             for h in 0..heads {
-                let values = [block, next].map(|block| self.cache.values(block, head + h));
+                let values = self.cache.values(block, head + h);
+                let ahead = Ahead {
+                    at: next.wrapping_add(h * LANES),
+                    apart: heads * LANES,
+                };
                 for r in h * group..(h + 1) * group {
                     let weights = &scratch.scores[r * width + b * LANES..][..tokens];
-                    mix::<V, L>(weights, values, &mut scratch.sums[r * lanes..][..lanes]);
+                    mix::<V, L>(weights, values, ahead, &mut scratch.sums[r * lanes..][..lanes]);
                 }
             }
         }
@@ -144,34 +149,59 @@ impl<L: Stored> Step<'_, L> {
     }
 }
 
+/// The next block's values of the heads that are read together, which lie side by side and are asked for meanwhile: with
+/// every panel a part of their own, so that several pages are read at a time and each in order.
+#[derive(Clone, Copy)]
+struct Ahead<L> {
+    at: *const L,
+    /// From one panel's part to the next panel's.
+    apart: usize,
+}
+
+impl<L> Ahead<L> {
+    /// What is asked for with the panels from `first` on.
+    #[inline(always)]
+    fn from(self, first: usize) -> Self {
+        Self {
+            at: self.at.wrapping_add(first * self.apart),
+            ..self
+        }
+    }
+}
+
 /// `sums += Σ weights[t] values[t]`, over the tokens of a block.
 ///
-/// - `values`: `[head_dim / 16][16 tokens, 16]`, of this block and of the one that is asked for meanwhile
+/// - `values`: `[head_dim / 16][16 tokens, 16]`
 /// - `sums`: `[head_dim / 16, 16]`
 #[inline(always)]
-fn mix<V: Vector, L: Stored>(weights: &[f32], values: [&[L]; 2], sums: &mut [f32]) {
+fn mix<V: Vector, L: Stored>(weights: &[f32], values: &[L], ahead: Ahead<L>, sums: &mut [f32]) {
     let mut first = 0;
     let (sums, _) = sums.as_chunks_mut::<LANES>();
     while first < sums.len() {
-        let (panels, values) = ((sums.len() - first).min(4), values.map(|v| &v[first * LANES..]));
+        let (panels, values, ahead) = ((sums.len() - first).min(4), &values[first * LANES..], ahead.from(first));
         let sums = &mut sums[first..first + panels];
         match panels {
-            1 => mix_panels::<V, L, 1>(weights, values, sums),
-            2 => mix_panels::<V, L, 2>(weights, values, sums),
-            3 => mix_panels::<V, L, 3>(weights, values, sums),
-            _ => mix_panels::<V, L, 4>(weights, values, sums),
+            1 => mix_panels::<V, L, 1>(weights, values, ahead, sums),
+            2 => mix_panels::<V, L, 2>(weights, values, ahead, sums),
+            3 => mix_panels::<V, L, 3>(weights, values, ahead, sums),
+            _ => mix_panels::<V, L, 4>(weights, values, ahead, sums),
         }
         first += panels;
     }
 }
 
 #[inline(always)]
-fn mix_panels<V: Vector, L: Stored, const P: usize>(weights: &[f32], values: [&[L]; 2], sums: &mut [[f32; LANES]]) {
-    let [panels, next]: [[&[L]; P]; 2] = values.map(|v| std::array::from_fn(|p| &v[p * LANES..][..LANES]));
+fn mix_panels<V: Vector, L: Stored, const P: usize>(
+    weights: &[f32],
+    values: &[L],
+    ahead: Ahead<L>,
+    sums: &mut [[f32; LANES]],
+) {
+    let panels: [&[L]; P] = std::array::from_fn(|p| &values[p * LANES..][..LANES]);
     let mut mixed: [V; P] = std::array::from_fn(|p| V::load(&sums[p]));
     for (t, weight) in weights.iter().enumerate().take(LANES) {
         for p in 0..P {
-            ask_for::<_, NEAR>(&next[p][t]);
+            ask_for::<_, NEAR>(ahead.from(p).at.wrapping_add(t));
             mixed[p] = mixed[p].plus(*weight, panels[p][t].row(0));
         }
     }
