@@ -35,9 +35,11 @@ pub(crate) struct Span<'a> {
 /// What attention is of.
 #[derive(Clone, Copy)]
 pub(crate) struct Attention<'a> {
-    /// `[t, heads * head_dim]`, as the linear layer gave them.
+    /// `[t, heads * head_dim]`, as the linear layer gave them; `[spans, heads * head_dim]` where `lasts`.
     pub q: &'a [f32],
-    /// `[t, kv_heads * head_dim]`, likewise.
+    /// Whether each span's last token alone attends.
+    pub lasts: bool,
+    /// `[t, kv_heads * head_dim]`, as the queries.
     pub k: &'a [f32],
     /// As the keys.
     pub v: &'a [f32],
@@ -50,7 +52,7 @@ pub(crate) struct Attention<'a> {
 
 /// Puts the new tokens' keys and values into the cache, and attends with each query to all up to its own position.
 ///
-/// - `out`: `[t, heads * head_dim]`
+/// - `out`: as the queries
 pub(crate) fn attend(attention: &Attention, cache: &mut HostCache, layer: usize, spans: &[Span], out: &mut [f32]) {
     match cache {
         HostCache::F32(layers) => attend_in(attention, &mut layers[layer], spans, out),
@@ -70,9 +72,10 @@ fn attend_in<L: Stored>(attention: &Attention, cache: &mut LayerCache<L>, spans:
 
     let first = heads_of(spans, shape, threads);
     each(first.len(), threads, |i| {
-        let (span, ref heads) = first[i];
+        let (number, ref heads) = first[i];
+        let span = &spans[number];
         heads.clone().for_each(|head| step.write(span, head));
-        if span.rows == 1 {
+        if let Some(span) = &attention.only_query(number, span) {
             let (step, heads) = (&step, heads.clone());
             with_scratch(|scratch| {
                 best.run(One {
@@ -84,6 +87,9 @@ fn attend_in<L: Stored>(attention: &Attention, cache: &mut LayerCache<L>, spans:
             });
         }
     });
+    if attention.lasts {
+        return;
+    }
     let second = strips_of(spans, shape);
     each(second.len(), threads, |i| {
         let (span, kv_head, ref rows) = second[i];
@@ -100,22 +106,36 @@ fn attend_in<L: Stored>(attention: &Attention, cache: &mut LayerCache<L>, spans:
     });
 }
 
+impl Attention<'_> {
+    /// The last token of span number `number` with the row of its query, where no other token of the span attends.
+    fn only_query<'a>(&self, number: usize, span: &Span<'a>) -> Option<Span<'a>> {
+        let row = if self.lasts { number } else { span.row };
+        (self.lasts || span.rows == 1).then_some(Span {
+            row,
+            rows: 1,
+            start: span.start + span.rows - 1,
+            blocks: span.blocks,
+        })
+    }
+}
+
 /// Each cached token costs about two multiplications per element of its keys and values.
 fn threads_for(spans: &[Span], shape: AttentionShape) -> usize {
     let costs = spans.iter().map(|s| s.rows * (s.start + s.rows) * shape.q_width());
     (costs.sum::<usize>() / COST_PER_THREAD).clamp(1, rayon::current_num_threads())
 }
 
-/// What is put into the cache together, and attended to at once where it is a decode step: key and value heads of a span.
-fn heads_of<'a>(spans: &'a [Span<'a>], shape: AttentionShape, threads: usize) -> Vec<(&'a Span<'a>, Range<usize>)> {
+/// What is put into the cache together, and attended to at once where one token attends: the number of a span, and key and
+/// value heads.
+fn heads_of(spans: &[Span], shape: AttentionShape, threads: usize) -> Vec<(usize, Range<usize>)> {
     let steps = spans.iter().filter(|s| s.rows == 1).count();
     let together = (steps * shape.kv_heads / (8 * threads)).clamp(1, HEADS);
-    let of = |span: &'a Span<'a>| {
+    let of = |(number, span): (usize, &Span)| {
         let size = if span.rows == 1 { together } else { 1 };
         let firsts = (0..shape.kv_heads).step_by(size);
-        firsts.map(move |head| (span, head..(head + size).min(shape.kv_heads)))
+        firsts.map(move |head| (number, head..(head + size).min(shape.kv_heads)))
     };
-    spans.iter().flat_map(of).collect()
+    spans.iter().enumerate().flat_map(of).collect()
 }
 
 /// What attends when all of a prompt is in the cache: its rows, some at a time, for each key and value head.

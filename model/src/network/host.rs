@@ -86,12 +86,12 @@ impl Llama {
                 number,
                 pass,
                 next: next.map_or(head, |next| next.packed(LinearKind::QProj)),
+                // Behind the last layer the head reads each span's last row alone.
+                lasts: next.is_none() && pass.tokens.len() > pass.spans.len(),
             };
             layer.attend(&self.rope, cache, work)?;
-            if next.is_none() {
-                // Behind the last layer the head reads each span's last row alone.
+            if layer.lasts {
                 keep_last_rows(&mut work.x, hidden, pass.spans);
-                keep_last_rows(&mut work.mixed, block.shape.q_width(), pass.spans);
             }
             layer.add_attended(work)?;
             layer.feed_forward(work)?;
@@ -119,27 +119,34 @@ struct Layer<'a> {
     pass: &'a HostPass<'a>,
     /// What is multiplied behind it.
     next: &'a PackedMatrix,
+    /// Whether only the last rows of its spans, of which some have several, are asked for: of the others it gives keys and
+    /// values.
+    lasts: bool,
 }
 
 impl Layer<'_> {
-    /// `mixed = attention(norm(x))`, before its last linear layer.
+    /// `mixed = attention(norm(x))`, before its last linear layer; of the last rows where only they are asked for.
     fn attend(&self, rope: &RopeTable, cache: &mut HostCache, work: &mut Workspace) -> Result<(), ModelError> {
         let block = self.block;
         let norm = host_floats(&block.input_norm)?;
         normalise(&work.x, &norm, block.eps, &mut work.normed);
-        let wanted = [
-            (LinearKind::QProj, &mut work.q),
-            (LinearKind::KProj, &mut work.k),
-            (LinearKind::VProj, &mut work.v),
-        ];
-        let x = rows(&work.normed, norm.len());
-        self.linears(x, wanted, &mut work.low, block.packed(LinearKind::OProj))?;
+        let q = (LinearKind::QProj, &mut work.q);
+        let (k, v) = ((LinearKind::KProj, &mut work.k), (LinearKind::VProj, &mut work.v));
+        let (x, o) = (rows(&work.normed, norm.len()), block.packed(LinearKind::OProj));
+        if self.lasts {
+            self.linears(x, [k, v], &mut work.low, block.packed(LinearKind::QProj))?;
+            keep_last_rows(&mut work.normed, norm.len(), self.pass.spans);
+            self.linears(rows(&work.normed, norm.len()), [q], &mut work.low, o)?;
+        } else {
+            self.linears(x, [q, k, v], &mut work.low, o)?;
+        }
         let norms = block.qk_norms.as_ref();
         let norms = norms.map(|(q, k)| Ok::<_, ModelError>((host_floats(q)?, host_floats(k)?)));
         let norms = norms.transpose()?;
         work.mixed.resize(work.q.len(), 0.0);
         let attention = Attention {
             q: &work.q,
+            lasts: self.lasts,
             k: &work.k,
             v: &work.v,
             norms: norms.as_ref().map(|(q, k)| (&**q, &**k)),

@@ -1,4 +1,4 @@
-//! A decode step's attention: one query per head.
+//! Attention of one token: a decode step's, or a prompt's last where no other is asked for.
 
 use std::ops::Range;
 
@@ -8,7 +8,7 @@ use crate::cpu::instructions::Kernel;
 use crate::cpu::panel::{LANES, NEAR, Output, Rows, ask_for, prefetch, tile_of};
 use crate::cpu::registers::Vector;
 
-/// The only new token of `span`, for some key and value heads. Block by block and within a block head by head, which is how
+/// The only token of `span` that attends, for some key and value heads. Block by block and within a block head by head, which is how
 /// they lie.
 pub(super) struct One<'a, L> {
     pub step: &'a Step<'a, L>,

@@ -51,8 +51,10 @@ fn check(shape: AttentionShape) -> Result<()> {
         });
         row += rows;
     }
+    let q = floats(&q)?;
     let attention = Attention {
-        q: &floats(&q)?,
+        q: &q,
+        lasts: false,
         k: &new[0],
         v: &new[1],
         norms: None,
@@ -62,6 +64,17 @@ fn check(shape: AttentionShape) -> Result<()> {
     };
     let mut got = vec![0f32; 61 * shape.q_width()];
     attend(&attention, &mut cache, 0, &spans, &mut got);
+
+    // The last tokens of both alone: the very bits.
+    let width = shape.q_width();
+    let lasts = Attention {
+        q: &q[59 * width..],
+        lasts: true,
+        ..attention
+    };
+    let mut got_lasts = vec![0f32; 2 * width];
+    attend(&lasts, &mut cache, 0, &spans, &mut got_lasts);
+    assert_eq!(got_lasts, got[59 * width..]);
     let got = Tensor::from_vec(got, (61, shape.q_width()), &Device::Cpu)?;
     assert_close(&got, &Tensor::cat(&wants, 0)?, 1e-5)
 }
@@ -104,6 +117,7 @@ fn a_token_attends_alike_as_part_of_a_prompt_and_by_itself() -> Result<()> {
             let part = |x: &[f32]| x[start * 192..(start + rows) * 192].to_vec();
             let attention = Attention {
                 q: &part(&q),
+                lasts: false,
                 k: &part(&k),
                 v: &part(&v),
                 norms: Some((&norm, &norm)),
