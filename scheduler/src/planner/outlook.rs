@@ -16,6 +16,9 @@ pub(super) struct Outlook {
     ended: [f64; GRID],
     /// Expected seconds of finishing it where it is stopped at each point of the grid.
     failure: [f64; GRID],
+    /// Tokens that its row has got in the cache, as expected, between each point of the grid and the one before. A row that
+    /// has ended gets none where it goes on from there later; else batches are those of decoders that pad.
+    held: [f64; GRID],
     /// The point of the grid from which on it has to be done.
     done: usize,
     /// Tokens left.
@@ -56,7 +59,8 @@ impl<'a> Outlooks<'a> {
     ) -> usize {
         let shared = key.and_then(|key| self.known.get(&key).copied());
         shared.unwrap_or_else(|| {
-            self.all.push(Outlook::new(&whole(), known, done, self.width));
+            self.all
+                .push(Outlook::new(&whole(), known, done, self.width, !self.resumes));
             let index = self.all.len() - 1;
             if let Some(key) = key {
                 self.known.insert(key, index);
@@ -86,7 +90,7 @@ impl<'a> Outlooks<'a> {
 }
 
 impl Outlook {
-    fn new(whole: &[f64; GRID], known: usize, done: usize, width: f64) -> Self {
+    fn new(whole: &[f64; GRID], known: usize, done: usize, width: f64, pads: bool) -> Self {
         let before = if known == 0 { 0.0 } else { whole[known - 1] };
         let left = (1.0 - before).max(1e-9);
         let mut distribution = [1.0; GRID];
@@ -95,7 +99,14 @@ impl Outlook {
                 *point = ((at - before) / left).clamp(0.0, 1.0);
             }
         }
+        let mut at_point = 0.0;
+        let held = |g: usize| {
+            let (before, running) = (at_point, if pads { 1.0 } else { running(&distribution, g) });
+            at_point += running * width;
+            (before + at_point) / 2.0
+        };
         Self {
+            held: std::array::from_fn(held),
             ended: distribution.map(|p| p.max(1e-9).ln()),
             failure: [0.0; GRID],
             done,
@@ -103,6 +114,12 @@ impl Outlook {
             distribution,
         }
     }
+}
+
+/// How likely a request runs on in the middle between a point of the grid and the one before.
+fn running(distribution: &[f64; GRID], g: usize) -> f64 {
+    let before = if g == 0 { 0.0 } else { distribution[g - 1] };
+    1.0 - (before + distribution[g]) / 2.0
 }
 
 /// The distribution on the grid up to `cap` that goes straight from 0 through the quantiles (ascending) to the cap.
@@ -142,6 +159,8 @@ pub(super) struct Sums {
     pub ended: Vec<[f64; GRID]>,
     /// Expected seconds of finishing those that have not ended at g.
     pub failures: Vec<[f64; GRID]>,
+    /// Tokens that their rows have got between each point of the grid and the one before.
+    pub held: Vec<[f64; GRID]>,
     /// Tokens that need not be done again.
     pub done: Vec<f64>,
 }
@@ -151,17 +170,20 @@ impl Sums {
         let mut sums = Self {
             ended: vec![[0.0; GRID]],
             failures: vec![[0.0; GRID]],
+            held: vec![[0.0; GRID]],
             done: vec![0.0],
         };
-        let (mut ended, mut failures, mut before) = ([0.0; GRID], [0.0; GRID], 0.0);
+        let (mut ended, mut failures, mut held, mut before) = ([0.0; GRID], [0.0; GRID], [0.0; GRID], 0.0);
         for (outlook, done) in jobs {
             for g in 0..GRID {
                 ended[g] += outlook.ended[g];
                 failures[g] += outlook.failure[g];
+                held[g] += outlook.held[g];
             }
             before += f64::from(done);
             sums.ended.push(ended);
             sums.failures.push(failures);
+            sums.held.push(held);
             sums.done.push(before);
         }
         sums
@@ -196,12 +218,16 @@ mod tests {
     fn what_is_known_to_be_exceeded_is_left_out() {
         // Even up to 512 tokens. Known to exceed 256: even over the 256 that are left.
         let whole = std::array::from_fn(|g| (g + 1) as f64 / GRID as f64);
-        let left = Outlook::new(&whole, 32, 32, 8.0);
+        let left = Outlook::new(&whole, 32, 32, 8.0, false);
         assert_eq!((left.distribution[15], left.distribution[31]), (0.5, 1.0));
         // 8 × Σ (1 - (g + 1) / 32) over 32 points: 8 × 15.5.
         assert!((left.mean - 124.0).abs() < 1e-9, "{}", left.mean);
+        // In the middle of the first 8 tokens 3.9375 of 4: one in 32 has ended by their end. At the last point all that are left.
+        assert!((left.held[0] - 3.9375).abs() < 1e-9, "{}", left.held[0]);
+        assert!((left.held[GRID - 1] - 128.0).abs() < 1e-9, "{}", left.held[GRID - 1]);
         // Where it begins anew, the first 256 have to be done again.
-        let anew = Outlook::new(&whole, 32, 0, 8.0);
+        let anew = Outlook::new(&whole, 32, 0, 8.0, true);
         assert_eq!((anew.distribution[31], anew.distribution[47]), (0.0, 0.5));
+        assert_eq!((anew.held[0], anew.held[GRID - 1]), (4.0, 508.0));
     }
 }

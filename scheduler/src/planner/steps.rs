@@ -19,42 +19,27 @@ pub(super) struct StepCosts(Vec<SizeCosts>);
 pub(super) struct SizeCosts {
     pub size: usize,
     prompts: f64,
-    /// Seconds from each point of the grid to the next at the usual price, if nothing was done before.
-    cells: [f64; GRID],
-    /// Seconds of a cell for each token that all have done before.
-    per_done: f64,
-    /// The same beyond as many tokens as the usual price is for.
-    more_per_done: f64,
-    /// What the cached tokens cost more from each point of the grid to the next, if nothing was done before; below zero
-    /// as long as they are few enough, by what is then still to be done before.
-    more: [f64; GRID],
+    /// Seconds from one point of the grid to the next, but for what the cached tokens cost.
+    cell: f64,
+    /// Seconds of a cell for each cached token, and for each that is more than the usual price is for.
+    token: f64,
+    token_beyond: f64,
+    /// Cached tokens that the usual price is for.
+    usual_tokens: f64,
     width: f64,
 }
 
 impl StepCosts {
     /// `width`: tokens from one point of the grid to the next.
     pub fn of(cost: &CostModel, width: f64) -> Self {
-        // What cached tokens cost more depends on those from before as well.
-        let usual = CostModel {
-            many_cached_tokens: None,
-            ..*cost
-        };
-        let of_size = |size: usize| {
-            let rows = size as f64;
-            let context = |g: usize| PROMPT_TOKENS + (g as f64 + 0.5) * width;
-            let more = |g: usize| {
-                let rise = cost.many_cached_tokens;
-                rise.map_or(0.0, |rise| width * rise.more * (rows * context(g) - rise.beyond))
-            };
-            SizeCosts {
-                size,
-                prompts: rows * cost.prompt_token * PROMPT_TOKENS,
-                cells: std::array::from_fn(|g| width * usual.decode_step(rows, context(g))),
-                per_done: width * cost.cached_token,
-                more_per_done: cost.many_cached_tokens.map_or(0.0, |rise| width * rise.more),
-                more: std::array::from_fn(more),
-                width,
-            }
+        let of_size = |size: usize| SizeCosts {
+            size,
+            prompts: size as f64 * cost.prompt_token * PROMPT_TOKENS,
+            cell: width * cost.decode_step(size as f64, 0.0),
+            token: width * cost.cached_token,
+            token_beyond: cost.many_cached_tokens.map_or(0.0, |rise| width * rise.more),
+            usual_tokens: cost.many_cached_tokens.map_or(0.0, |rise| rise.beyond),
+            width,
         };
         Self(SIZES.map(of_size).into())
     }
@@ -74,8 +59,9 @@ impl SizeCosts {
         let first = end - self.size;
         let (ended, ended_before) = (&sums.ended[end], &sums.ended[first]);
         let (failures, failures_before) = (&sums.failures[end], &sums.failures[first]);
+        let (held, held_before) = (&sums.held[end], &sums.held[first]);
         let done = sums.done[end] - sums.done[first];
-        let (per_cell, more_per_cell) = (done * self.per_done, done * self.more_per_done);
+        let at_first = done + self.size as f64 * PROMPT_TOKENS;
         let room = ((room - done) / self.size as f64).max(self.width);
         let mut seconds = self.prompts;
         let mut before = 1.0;
@@ -86,8 +72,9 @@ impl SizeCosts {
                 // The share of batches that run on after each point: a few in one loop, which is vectorised.
                 running = shares(&ended[g..g + CHUNK], &ended_before[g..g + CHUNK]);
             }
-            let more = (self.more[g] + more_per_cell).max(0.0);
-            seconds += before * (self.cells[g] + per_cell + more);
+            let tokens = at_first + (held[g] - held_before[g]);
+            let beyond = (tokens - self.usual_tokens).max(0.0);
+            seconds += before * (self.cell + self.token * tokens + self.token_beyond * beyond);
             before = running[g % CHUNK];
             // What is spent already is no longer below what is known to do.
             if seconds > best.0 || self.size > 1 && before > NOBODY && (g + 1) as f64 * self.width > room {
