@@ -246,8 +246,8 @@ impl<G: Group, const P: usize> Tile<G, P> {
 }
 
 impl<G: Group, const P: usize> Tile<G, P> {
-    /// Asks for what goes with group `g` in the first `A` of `ahead`: lines of one or two panels from all over their pages,
-    /// more panels, or groups of several lines, one after the other.
+    /// Asks for what goes with group `g` in the first `A` of `ahead`. Lines of one or two panels are [`spread`]; more panels
+    /// are as many pages by themselves, and groups of several lines few pages.
     #[inline(always)]
     fn ask<const A: usize>(&self, g: usize) {
         let g = if G::ROWS == 1 && A <= 2 { spread(g) } else { g };
@@ -285,9 +285,10 @@ const UNROLLED_SUMS: usize = 16;
 
 /// Pages of which lines are asked for in turn, and lines of one.
 ///
-/// A line that is asked for holds one of a core's sixteen places for them until it has come from memory: alone that would
-/// give a third of what a core can read. The second-level cache reads ahead by itself, up to twenty lines in a page that is
-/// read in order, in places of its own: with four pages at a time it has enough of them on their way.
+/// A line that is asked for holds one of the few places of the first-level cache for such lines (16 in recent Intel cores)
+/// until it has come from memory: by themselves they give a third of what a core can read. The second-level cache reads
+/// ahead in places of its own, up to twenty lines in a page that is read in order (Intel's optimization manual, "Streamer"):
+/// with four pages at a time enough of them are on their way. Measured: `docs/benchmarks/decode.md`.
 const PAGES: usize = 4;
 const PAGE_LINES: usize = 64;
 

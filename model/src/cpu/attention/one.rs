@@ -8,8 +8,8 @@ use crate::cpu::instructions::Kernel;
 use crate::cpu::panel::{LANES, NEAR, Output, Rows, ask_for, prefetch, tile_of};
 use crate::cpu::registers::Vector;
 
-/// The only token of `span` that attends, for some key and value heads. Block by block and within a block head by head, which is how
-/// they lie.
+/// The only token of `span` that attends, for some key and value heads. Block by block and within a block head by head,
+/// which is how they lie.
 pub(super) struct One<'a, L> {
     pub step: &'a Step<'a, L>,
     pub span: &'a Span<'a>,
@@ -149,8 +149,8 @@ impl<L: Stored> Step<'_, L> {
     }
 }
 
-/// The next block's values of the heads that are read together, which lie side by side and are asked for meanwhile: with
-/// every panel a part of their own, so that several pages are read at a time and each in order.
+/// The next block's values of the heads that are read together, which lie side by side and are asked for meanwhile: a part
+/// of them with every panel, so that several pages are read at a time, and each in order.
 #[derive(Clone, Copy)]
 struct Ahead<L> {
     at: *const L,
