@@ -113,16 +113,11 @@ impl KnownLengths {
     /// Tokens that all rows have got in the cache in the middle of a step. One that has ended gets no more with this
     /// project's decoder, and padding with the published one.
     fn held(&self, rows: &[(u32, bool)], step: u32) -> f64 {
-        let most = |left: u32| {
-            if self.machine.resumes {
-                f64::from(left)
-            } else {
-                f64::INFINITY
-            }
-        };
-        rows.iter()
-            .map(|&(left, _)| most(left).min(f64::from(step) + 0.5))
-            .sum()
+        let grown = f64::from(step) + 0.5;
+        if !self.machine.resumes {
+            return rows.len() as f64 * grown;
+        }
+        rows.iter().map(|&(left, _)| grown.min(f64::from(left))).sum()
     }
 
     /// Counts a run and draws it: the tokens that each row had to do, and whether it ended.
@@ -155,6 +150,7 @@ impl BatchExecutor for KnownLengths {
             let before: f64 = batch.ids.iter().map(|id| f64::from(had(id))).sum();
             let new = batch.ids.iter().filter(|id| had(id) == 0).count() as f64;
             let context = |step: u32| PROMPT_TOKENS + (before + self.held(&left, step)) / rows;
+            // Step by step, since rows end and prices may rise on the way.
             let seconds: f64 = (0..steps).map(|s| clock.decode_step(rows, context(s))).sum();
             self.seconds += new * PROMPT_TOKENS * clock.prompt_token + seconds;
         }

@@ -101,8 +101,8 @@ impl Outlook {
         }
         let mut at_point = 0.0;
         let held = |g: usize| {
-            let (before, running) = (at_point, if pads { 1.0 } else { running(&distribution, g) });
-            at_point += running * width;
+            let before = at_point;
+            at_point += width * if pads { 1.0 } else { running(&distribution, g) };
             (before + at_point) / 2.0
         };
         Self {
