@@ -74,13 +74,17 @@ fn attend_in<L: Stored>(attention: &Attention, cache: &mut LayerCache<L>, spans:
     each(first.len(), threads, |i| {
         let (number, ref heads) = first[i];
         let span = &spans[number];
-        heads.clone().for_each(|head| step.write(span, head));
-        if let Some(span) = &attention.only_query(number, span) {
+        let alone = span.rows == 1;
+        if !alone {
+            heads.clone().for_each(|head| step.write(span, head));
+        }
+        if let Some(query) = &attention.only_query(number, span) {
             let (step, heads) = (&step, heads.clone());
             with_scratch(|scratch| {
                 best.run(One {
                     step,
-                    span,
+                    span: query,
+                    new: alone.then_some(span),
                     heads,
                     scratch,
                 })

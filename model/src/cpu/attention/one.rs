@@ -13,6 +13,8 @@ use crate::cpu::registers::Vector;
 pub(super) struct One<'a, L> {
     pub step: &'a Step<'a, L>,
     pub span: &'a Span<'a>,
+    /// The same with the row of its keys and values, where they are not in the cache yet.
+    pub new: Option<&'a Span<'a>>,
     pub heads: Range<usize>,
     pub scratch: &'a mut Scratch,
 }
@@ -23,6 +25,7 @@ impl<L: Stored> Kernel for One<'_, L> {
         let Self {
             step,
             span,
+            new,
             heads,
             scratch,
         } = self;
@@ -39,13 +42,19 @@ impl<L: Stored> Kernel for One<'_, L> {
             step.query(span.row, span.start, first + r, q);
         }
         scratch.scores.resize(rows * width, 0.0);
-        step.scores::<V>(blocks, (heads.start, heads.len()), &scratch.q, &mut scratch.scores);
+        let (wanted, last) = ((heads.start, heads.len()), blocks.len() - 1);
+        step.scores::<V>(blocks, 0..last, wanted, scratch);
+        // Only now: the block it goes to has been asked for with the others' scores.
+        if let Some(new) = new {
+            heads.clone().for_each(|head| step.write(new, head));
+        }
+        step.scores::<V>(blocks, last..last + 1, wanted, scratch);
         scratch.inverses.clear();
         for scores in scratch.scores.chunks_exact_mut(width) {
             let seen = shape.first_visible(span.start) - begin..end - begin;
             scratch.inverses.push(weigh(scores, seen));
         }
-        step.mixtures::<V>(blocks, (heads.start, heads.len()), end - begin, scratch);
+        step.mixtures::<V>(blocks, wanted, end - begin, scratch);
         let lanes = d.div_ceil(LANES) * LANES;
         for (r, inverse) in scratch.inverses.iter().enumerate() {
             let out = step.out.part(span.row, (first + r) * d, d);
@@ -57,35 +66,46 @@ impl<L: Stored> Kernel for One<'_, L> {
 }
 
 impl<L: Stored> Step<'_, L> {
-    /// - `q`: `[heads * group, head_dim]`
-    /// - `scores`: `[heads * group, blocks * 16]`
+    /// The scores of the blocks in `range`. Asks for each one's next meanwhile, which lies anywhere, so that the processor
+    /// would not guess it; behind the last keys the first values.
     #[inline(always)]
-    fn scores<V: Vector>(&self, blocks: &[u32], (head, heads): (usize, usize), q: &[f32], scores: &mut [f32]) {
+    fn scores<V: Vector>(
+        &self,
+        blocks: &[u32],
+        range: Range<usize>,
+        (head, heads): (usize, usize),
+        scratch: &mut Scratch,
+    ) {
         let group = self.attention.shape.heads / self.attention.shape.kv_heads;
         let (d, width) = (self.attention.shape.head_dim, blocks.len() * LANES);
+        let q = &scratch.q;
         // SAFETY: this thread's own, and read only when the products are done.
-        let out = unsafe { Output::shared(scores, width) };
-        for (b, &block) in blocks.iter().enumerate() {
-            let next = *blocks.get(b + 1).unwrap_or(&block);
+        let out = unsafe { Output::shared(&mut scratch.scores, width) };
+        for b in range {
+            let keys = |h| self.cache.keys(blocks[b], head + h);
+            let next = |h| match blocks.get(b + 1) {
+                Some(&next) => self.cache.keys(next, head + h),
+                None => self.cache.values(blocks[0], head + h),
+            };
             if group > 1 {
                 for h in 0..heads {
-                    let keys = self.cache.keys(block, head + h);
-                    prefetch(self.cache.keys(next, head + h));
+                    prefetch(next(h));
                     for r in (h * group..(h + 1) * group).step_by(V::ROWS) {
                         let count = ((h + 1) * group - r).min(V::ROWS);
                         let q = Rows { data: q, stride: d }.from(r);
-                        tile_of::<V, _, 1>(q, count, ([keys], d), &out, (r, b * LANES), false, &[]);
+                        tile_of::<V, _, 1>(q, count, ([keys(h)], d), &out, (r, b * LANES), false, &[]);
                     }
                 }
                 continue;
             }
             let mut h = 0;
             while h < heads {
+                let at = (h, b * LANES);
                 h += match heads - h {
-                    1 => self.dots::<V, 1>([block, next], (head, h), q, &out, b),
-                    2 => self.dots::<V, 2>([block, next], (head, h), q, &out, b),
-                    3 => self.dots::<V, 3>([block, next], (head, h), q, &out, b),
-                    _ => self.dots::<V, 4>([block, next], (head, h), q, &out, b),
+                    1 => dots::<V, L, 1>(&keys, &next, q, &out, at),
+                    2 => dots::<V, L, 2>(&keys, &next, q, &out, at),
+                    3 => dots::<V, L, 3>(&keys, &next, q, &out, at),
+                    _ => dots::<V, L, 4>(&keys, &next, q, &out, at),
                 };
             }
         }
@@ -117,36 +137,38 @@ impl<L: Stored> Step<'_, L> {
             }
         }
     }
+}
 
-    /// The first block's scores of `N` heads with a query each, side by side: one head's sums would wait for each other. Asks
-    /// for the second block, which lies anywhere, so that the processor would not guess it.
-    #[inline(always)]
-    fn dots<V: Vector, const N: usize>(
-        &self,
-        blocks: [u32; 2],
-        (head, h): (usize, usize),
-        q: &[f32],
-        out: &Output,
-        b: usize,
-    ) -> usize {
-        let d = self.attention.shape.head_dim;
-        let [keys, next]: [[&[L]; N]; 2] =
-            blocks.map(|block| std::array::from_fn(|i| self.cache.keys(block, head + h + i)));
-        let q: [&[f32]; N] = std::array::from_fn(|i| &q[(h + i) * d..][..d]);
-        let mut sums = [V::zero(); N];
-        for i in 0..d {
-            for n in 0..N {
-                ask_for::<_, NEAR>(&next[n][i]);
-                sums[n] = sums[n].plus(q[n][i], keys[n][i].row(0));
-            }
+/// A block's scores of `N` heads with a query each, from head `h` on, side by side: one head's sums would wait for each other.
+///
+/// - `keys`: a head's, `[head_dim, 16 tokens]`
+/// - `next`: what is asked for with each, as long
+/// - `q`: `[heads, head_dim]`
+#[inline(always)]
+fn dots<'c, V: Vector, L: Stored + 'c, const N: usize>(
+    keys: impl Fn(usize) -> &'c [L],
+    next: impl Fn(usize) -> &'c [L],
+    q: &[f32],
+    out: &Output,
+    (h, column): (usize, usize),
+) -> usize {
+    let keys: [&[L]; N] = std::array::from_fn(|n| keys(h + n));
+    let next: [&[L]; N] = std::array::from_fn(|n| next(h + n));
+    let d = keys[0].len();
+    let q: [&[f32]; N] = std::array::from_fn(|n| &q[(h + n) * d..][..d]);
+    let mut sums = [V::zero(); N];
+    for i in 0..d {
+        for n in 0..N {
+            ask_for::<_, NEAR>(&next[n][i]);
+            sums[n] = sums[n].plus(q[n][i], keys[n][i].row(0));
         }
-        for (n, sum) in sums.into_iter().enumerate() {
-            if let Some(to) = out.part(h + n, b * LANES, LANES).first_chunk_mut() {
-                sum.store(to);
-            }
-        }
-        N
     }
+    for (n, sum) in sums.into_iter().enumerate() {
+        if let Some(to) = out.part(h + n, column, LANES).first_chunk_mut() {
+            sum.store(to);
+        }
+    }
+    N
 }
 
 /// The next block's values of the heads that are read together, which lie side by side and are asked for meanwhile: a part
