@@ -1,9 +1,10 @@
 //! Forward passes that end in tokens, drawn on the GPU where that runs the pass, else on the host from the logits; and in
 //! hidden states.
 
-use rayon::prelude::*;
+use std::sync::{Mutex, PoisonError};
 
 use super::{Llama, Segment};
+use crate::cpu::each;
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
 use crate::gpu::{CopyBack, GpuCache, HiddenCopy};
 use crate::kv_cache::KvCache;
@@ -12,8 +13,8 @@ use crate::kv_cache::Store;
 use crate::lora::Adapter;
 use crate::{ModelError, Sampler};
 
-/// Logits below which one thread draws all tokens: waking another costs some microseconds.
-const DRAW_SERIALLY_BELOW: usize = 1 << 16;
+/// Logits that are worth a thread: it takes some five microseconds to find the largest of them.
+const LOGITS_PER_THREAD: usize = 1 << 14;
 
 /// What a pass is to give of a segment.
 #[derive(Debug)]
@@ -131,19 +132,20 @@ fn hidden_segments(wanted: &[Wanted]) -> impl Iterator<Item = usize> {
 
 /// A token for each segment from its logits, `[segments, vocab]`; 0 where none is wanted.
 fn draw_all(logits: &[f32], vocab: usize, wanted: &mut [Wanted]) -> Result<Vec<u32>, ModelError> {
-    let sample = |(wanted, logits): (&mut Wanted, &[f32])| match wanted {
-        Wanted::Token(sampler) => sampler.sample(logits),
-        Wanted::Nothing | Wanted::Hidden => Ok(0),
-    };
-    // Each request has its own random stream, so the order of the draws does not matter.
-    match logits.len() < DRAW_SERIALLY_BELOW {
-        true => wanted.iter_mut().zip(logits.chunks_exact(vocab)).map(sample).collect(),
-        false => wanted
-            .par_iter_mut()
-            .zip(logits.par_chunks_exact(vocab))
-            .map(sample)
-            .collect(),
-    }
+    let threads = (logits.len() / LOGITS_PER_THREAD).clamp(1, rayon::current_num_threads());
+    // A row is one thread's alone, so that nobody waits for a lock; each request has its own random stream, so that the order
+    // of the draws does not matter.
+    let rows: Vec<_> = wanted.iter_mut().map(|wanted| Mutex::new((wanted, Ok(0)))).collect();
+    each(rows.len(), threads, |row| {
+        let mut place = rows[row].lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Wanted::Token(sampler), token) = &mut *place {
+            *token = sampler.sample(&logits[row * vocab..][..vocab]);
+        }
+    });
+    let tokens = rows
+        .into_iter()
+        .map(|row| row.into_inner().unwrap_or_else(PoisonError::into_inner).1);
+    tokens.collect()
 }
 
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
