@@ -48,7 +48,7 @@ impl Probe {
             tokens: &self.tokens[self.done..self.done + self.next],
             start: self.done,
             table: &self.table,
-            adapted: true,
+            adapted_from: self.adapted_from.saturating_sub(self.done),
         };
         (segment, self.next == self.pending())
     }

@@ -48,12 +48,12 @@ __device__ inline float share_sums(float (&sums)[32]) {
     return sums[0];
 }
 
-// low[r, k] = scale * sum over i of dropped x[r, i] * m[k step_k + i step_i]: A x forward, Bᵀ grad backward.
-// - x: rows of `width`, x_stride apart; low: [rows, rank] f32
+// low[r, k] = scales[r] * sum over i of dropped x[r, i] * m[k step_k + i step_i]: A x forward, Bᵀ grad backward.
+// - x: rows of `width`, x_stride apart; low: [rows, rank] f32; scales: [rows], 0 of those that the adapter leaves alone
 // A block takes TERM_DOWN_ROWS rows and TERM_AT_ONCE ranks.
 template <typename T>
 __device__ void term_down(float *low, const T *x, const float *m, int rows, int width, int x_stride, int rank,
-                          int step_k, int step_i, float scale, Drop drop) {
+                          int step_k, int step_i, const float *scales, Drop drop) {
     __shared__ float parts[8][TERM_DOWN_ROWS * TERM_AT_ONCE];
     const int row = blockIdx.x * TERM_DOWN_ROWS, first = blockIdx.y * TERM_AT_ONCE;
     float sums[TERM_DOWN_ROWS * TERM_AT_ONCE];
@@ -79,7 +79,7 @@ __device__ void term_down(float *low, const T *x, const float *m, int rows, int 
     if (r >= TERM_DOWN_ROWS || row + r >= rows || first + k >= rank) return;
     float sum = 0;
     for (int w = 0; w < (int)(blockDim.x / 32); w++) sum += parts[w][threadIdx.x];
-    low[(size_t)(row + r) * rank + first + k] = scale * sum;
+    low[(size_t)(row + r) * rank + first + k] = scales[row + r] * sum;
 }
 
 // out[r, i] += dropped sum over k of low[r, k] * m[k step_k + i step_i]: B low forward, Aᵀ low backward.
@@ -141,9 +141,9 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
 
 #define TERM_KERNELS(suffix, T)                                                                                        \
     extern "C" __global__ void term_down_##suffix(float *low, const T *x, const float *m, int rows, int width,         \
-                                                  int x_stride, int rank, int step_k, int step_i, float scale,         \
+                                                  int x_stride, int rank, int step_k, int step_i, const float *scales, \
                                                   int seed_low, int seed_high, int threshold, float drop_scale) {      \
-        term_down<T>(low, x, m, rows, width, x_stride, rank, step_k, step_i, scale,                                    \
+        term_down<T>(low, x, m, rows, width, x_stride, rank, step_k, step_i, scales,                                   \
                      drop_of(seed_low, seed_high, threshold, drop_scale));                                             \
     }                                                                                                                  \
     REGISTER_KERNEL(term_down_##suffix)                                                                                \

@@ -164,22 +164,23 @@ impl Llama {
             Store::Gpu(_) => unreachable!("returned above"),
             Store::Host(host, workspace) => {
                 let spans = host::spans(segments);
-                let adapted: Vec<bool> = segments.iter().map(|s| s.adapted).collect();
+                let adapted = adapter.and_then(|_| pass::adapted_rows(segments));
                 let pass = host::HostPass {
                     tokens: &tokens,
                     spans: &spans,
                     adapter,
-                    adapted: &adapted,
+                    adapted: adapted.as_ref(),
                 };
                 self.forward_host(&pass, host, workspace, &mut cache.logits)?;
             }
             Store::Tensors { keys, values, normed } => {
                 let rows = pass::cached_rows(segments);
+                let adapted = adapter.and_then(|_| pass::adapted_rows(segments));
                 let pass = Pass {
                     positions,
                     rope: &self.rope,
                     adapter,
-                    unadapted: pass::unadapted(segments, self.device())?,
+                    adapted: adapted.map(|rows| rows.on(self.device())).transpose()?,
                     dropout: None,
                     attention: Attention::Cached {
                         keys,
@@ -234,8 +235,14 @@ impl Llama {
     /// The same network with the adapter's low-rank terms added to its weights.
     ///
     /// # Errors
-    /// The device failed.
+    /// The adapter changes a part of each sequence alone, or the device failed.
     pub fn merged(&self, adapter: &Adapter) -> Result<Self, ModelError> {
+        if !adapter.config().invocation_tokens.is_empty() {
+            return Err(ModelError::AdapterMismatch {
+                reason: "it has invocation tokens, and weights that it were merged into would change what stands before them too"
+                    .to_owned(),
+            });
+        }
         let mut merged = self.clone();
         for (layer, block) in merged.blocks.iter_mut().enumerate() {
             for kind in LinearKind::ALL {

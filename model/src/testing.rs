@@ -105,8 +105,14 @@ pub fn adapter(llama: &Llama) -> anyhow::Result<Adapter> {
 
 /// An adapter of some linear layers that changes what they give.
 pub fn adapter_of(llama: &Llama, modules: &str) -> anyhow::Result<Adapter> {
+    adapter_from(llama, modules, &[])
+}
+
+/// The same adapter, from the last place of the `invocation` tokens on.
+pub fn adapter_from(llama: &Llama, modules: &str, invocation: &[u32]) -> anyhow::Result<Adapter> {
     let config = LoraConfig {
         target_modules: modules.parse().map_err(anyhow::Error::msg)?,
+        invocation_tokens: invocation.to_vec(),
         ..Default::default()
     };
     let adapter = Adapter::init(llama.config(), config, 5, llama.device())?;

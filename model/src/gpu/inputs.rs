@@ -96,13 +96,14 @@ impl Inputs {
         for (i, segment) in segments.iter().enumerate() {
             self.words.extend(segment.tokens.iter().map(|_| i as u32));
         }
-        let scale = |segment: &Segment| scale.filter(|_| segment.adapted).unwrap_or(0.0).to_bits();
+        let scale = |segment: &Segment, token| scale.filter(|_| token >= segment.adapted_from).unwrap_or(0.0).to_bits();
         self.begin(Part::Scales);
         for segment in segments {
-            self.words.extend(segment.tokens.iter().map(|_| scale(segment)));
+            self.words
+                .extend((0..segment.tokens.len()).map(|token| scale(segment, token)));
         }
         self.begin(Part::LastScales);
-        self.words.extend(segments.iter().map(scale));
+        self.words.extend(segments.iter().map(|s| scale(s, s.tokens.len() - 1)));
         self.lay_attention(segments, tile);
         self.begin(Part::LastRows);
         for (first, segment) in first_rows(segments) {
@@ -201,13 +202,13 @@ mod tests {
                 tokens: &[7],
                 start: 17,
                 table: &tables[0],
-                adapted: false,
+                adapted_from: usize::MAX,
             },
             Segment {
                 tokens: &prompt,
                 start: 0,
                 table: &tables[1],
-                adapted: true,
+                adapted_from: 0,
             },
         ];
         let mut inputs = Inputs::default();

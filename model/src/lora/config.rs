@@ -130,6 +130,9 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// The layers.
     pub target_modules: TargetModules,
+    /// It changes a sequence from the last place on where these tokens stand in it, and not at all where they do not
+    /// (activated LoRA, arXiv 2504.12397; PEFT's `alora_invocation_tokens`). Empty: it changes all of it.
+    pub invocation_tokens: Vec<u32>,
 }
 
 impl Default for LoraConfig {
@@ -141,6 +144,7 @@ impl Default for LoraConfig {
             lora_dropout: 0.05,
             use_rslora: false,
             target_modules: TargetModules::default(),
+            invocation_tokens: Vec::new(),
         }
     }
 }

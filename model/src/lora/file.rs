@@ -15,6 +15,9 @@ use crate::{ModelConfig, ModelError};
 /// The keys of `adapter_config.json` that matter; PEFT fills in the rest.
 #[derive(Debug, Serialize, Deserialize)]
 struct AdapterFile {
+    /// Older versions of PEFT do not know it: it is written where it says something.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    alora_invocation_tokens: Option<Vec<u32>>,
     base_model_name_or_path: Option<String>,
     #[serde(default = "none")]
     bias: String,
@@ -39,10 +42,9 @@ struct AdapterFile {
 }
 
 /// Settings beyond those above that change what the adapter computes, and are not supported.
-const UNSUPPORTED: [&str; 8] = [
+const UNSUPPORTED: [&str; 7] = [
     "alpha_pattern",
     "rank_pattern",
-    "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "monteclora_config",
@@ -111,7 +113,9 @@ impl Adapter {
             .iter()
             .map(|k| k.name().to_owned())
             .collect();
+        let invocation = &config.invocation_tokens;
         let file = AdapterFile {
+            alora_invocation_tokens: (!invocation.is_empty()).then(|| invocation.clone()),
             base_model_name_or_path: Some(base_model.to_owned()),
             bias: none(),
             fan_in_fan_out: false,
@@ -172,6 +176,7 @@ impl AdapterFile {
             lora_dropout: self.lora_dropout,
             use_rslora: self.use_rslora,
             target_modules,
+            invocation_tokens: self.alora_invocation_tokens.unwrap_or_default(),
         })
     }
 }

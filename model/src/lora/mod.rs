@@ -3,9 +3,11 @@
 mod adapter;
 mod config;
 mod file;
+mod rows;
 mod terms;
 
 pub use adapter::{Adapter, Dropout};
 pub(crate) use adapter::{LoraPair, Mask};
 pub use config::{LinearKind, LoraConfig, TargetModules};
+pub(crate) use rows::{AdaptedRows, RowMask};
 pub(crate) use terms::{Term, Terms, flat_factors};

@@ -155,7 +155,7 @@ impl Block {
             return Ok(base);
         };
         let term = adapter.low_rank(pair, x, pass.dropout)?;
-        match &pass.unadapted {
+        match &pass.adapted {
             Some(mask) => base + mask.apply(&term)?,
             None => base + term,
         }

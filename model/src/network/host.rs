@@ -6,7 +6,7 @@ use super::block::Block;
 use super::{Llama, Segment};
 use crate::ModelError;
 use crate::cpu::{Attention, HostCache, Output, PackedMatrix, Span, Workspace, attend, each, multiply_into};
-use crate::lora::{Adapter, LinearKind};
+use crate::lora::{AdaptedRows, Adapter, LinearKind};
 use crate::ops::{self, RopeTable, host_floats};
 use linears::rows;
 
@@ -16,32 +16,8 @@ pub(super) struct HostPass<'a> {
     pub tokens: &'a [u32],
     pub spans: &'a [Span<'a>],
     pub adapter: Option<&'a Adapter>,
-    /// Of every span: whether the adapter changes it.
-    pub adapted: &'a [bool],
-}
-
-impl HostPass<'_> {
-    /// Empties the rows of `low` that belong to spans without the adapter; `low` has all rows, or each span's last.
-    fn drop_unadapted(&self, low: &mut [f32], rank: usize) {
-        if self.adapted.iter().all(|adapted| *adapted) {
-            return;
-        }
-        let one_each = low.len() == self.spans.len() * rank;
-        for (i, (span, _)) in self
-            .spans
-            .iter()
-            .zip(self.adapted)
-            .enumerate()
-            .filter(|(_, (_, a))| !**a)
-        {
-            let rows = if one_each {
-                i..i + 1
-            } else {
-                span.row..span.row + span.rows
-            };
-            low[rows.start * rank..rows.end * rank].fill(0.0);
-        }
-    }
+    /// The rows that the adapter changes, where that is not all.
+    pub adapted: Option<&'a AdaptedRows>,
 }
 
 /// Where the new tokens of every segment lie among the packed rows.

@@ -18,7 +18,7 @@ use super::block::Block;
 use super::host::by_rows;
 use super::stack::Layer;
 use crate::cpu::{Output, PackedMatrix, Product, Rows, Scratch, Sequences, attend_packed, multiply, multiply_into};
-use crate::lora::{LinearKind, Terms};
+use crate::lora::{AdaptedRows, LinearKind, Terms};
 use crate::ops::{self, RopeTable, host_floats};
 use low_rank::{Forward, LowRank};
 pub(super) use operation::Training;
@@ -38,6 +38,8 @@ struct LayerOp {
     positions: Arc<[u32]>,
     rope: Arc<RopeTable>,
     terms: Terms,
+    /// The rows that the adapter changes, where that is not all.
+    adapted: Option<Arc<AdaptedRows>>,
     /// Probability and seed.
     dropout: Option<(f64, u64)>,
     scratch: Arc<Scratch>,
@@ -129,7 +131,9 @@ impl LayerOp {
     /// `Layer::forward`.
     fn run(&self, x: &[f32], factors: &[f32], wants_output: bool) -> Result<(Vec<f32>, Kept)> {
         let (block, scratch) = (&self.block, &self.scratch);
-        let mut low = self.terms.forward(factors, self.dropout, scratch);
+        let mut low = self
+            .terms
+            .forward(factors, self.adapted.as_deref(), self.dropout, scratch);
         let [q, k, v] = self.queries_keys_values(x, &mut low)?;
         let (turned_q, turned_k) = (self.turned(LinearKind::QProj, &q)?, self.turned(LinearKind::KProj, &k)?);
         let mut mixed = scratch.take(q.len());

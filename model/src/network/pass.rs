@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
-use crate::lora::{Adapter, Dropout};
+use crate::lora::{AdaptedRows, Adapter, Dropout, RowMask};
 use crate::ops::{CachedRow, RopeTable};
 use crate::{BlockTable, ModelError};
 
@@ -17,8 +17,9 @@ pub struct Segment<'a> {
     pub start: usize,
     /// The sequence's blocks, with room for `start + tokens.len()`.
     pub table: &'a BlockTable,
-    /// Whether the pass' adapter, if it has one, changes this segment: segments with and without it share a pass.
-    pub adapted: bool,
+    /// The first of the tokens that the pass' adapter, if it has one, changes: those before it go without, and all of them
+    /// where it is `tokens.len()` or more. Segments with and without it share a pass.
+    pub adapted_from: usize,
 }
 
 /// Where a pass finds keys and values.
@@ -41,43 +42,20 @@ pub(super) struct Pass<'a> {
     pub rope: &'a Arc<RopeTable>,
     pub adapter: Option<&'a Adapter>,
     /// Where some rows are without the adapter: which have it.
-    pub unadapted: Option<RowMask>,
+    pub adapted: Option<RowMask>,
     pub dropout: Option<&'a Dropout>,
     pub attention: Attention<'a>,
 }
 
-/// 1 for rows with the adapter, 0 for those without, f32.
-pub(super) struct RowMask {
-    /// `[tokens, 1]`.
-    all: Tensor,
-    /// Of each segment's last row, `[segments, 1]`.
-    last: Tensor,
-}
-
-impl RowMask {
-    /// `x` (`[tokens, n]` or `[segments, n]`) with the rows that have no adapter emptied.
-    pub fn apply(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        let mask = if x.dim(0)? == self.all.dim(0)? {
-            &self.all
-        } else {
-            &self.last
-        };
-        x.broadcast_mul(&mask.to_dtype(x.dtype())?)
-    }
-}
-
-/// The mask that segments without the adapter need.
-pub(super) fn unadapted(segments: &[Segment], device: &Device) -> candle_core::Result<Option<RowMask>> {
-    if segments.iter().all(|s| s.adapted) {
-        return Ok(None);
-    }
-    let factor = |segment: &Segment| if segment.adapted { 1f32 } else { 0.0 };
-    let all = segments.iter().flat_map(|s| vec![factor(s); s.tokens.len()]);
-    let column = |rows: Vec<f32>| Tensor::from_slice(&rows, (rows.len(), 1), device);
-    Ok(Some(RowMask {
-        all: column(all.collect())?,
-        last: column(segments.iter().map(factor).collect())?,
-    }))
+/// The rows that the adapter changes, where that is not all; each segment's last are read.
+pub(super) fn adapted_rows(segments: &[Segment]) -> Option<AdaptedRows> {
+    let mut rows = 0;
+    let last = |segment: &Segment| {
+        rows += segment.tokens.len();
+        rows - 1
+    };
+    let sequences = segments.iter().map(|s| (s.tokens.len(), s.adapted_from));
+    AdaptedRows::new(sequences, segments.iter().map(last))
 }
 
 /// Every segment has tokens, and blocks for them.

@@ -7,7 +7,7 @@ use crate::{Adapter, BlockTable, Dropout, KvCache, Llama, Quantization, Segment,
 
 const PROMPTS: [&[u32]; 3] = [&[3, 9, 4, 1, 7, 8, 20, 21, 22, 23, 5], &[6], &[30, 31, 32]];
 
-use crate::testing::adapter;
+use crate::testing::{adapter, adapter_from};
 
 fn network() -> anyhow::Result<Llama> {
     crate::testing::network(&crate::testing::config())
@@ -40,7 +40,7 @@ fn run_with(
                 tokens: &prompts[i][done[i]..end],
                 start: done[i],
                 table: &tables[i],
-                adapted: true,
+                adapted_from: adapter.map_or(0, |a| a.active_from(prompts[i]).saturating_sub(done[i])),
             });
             who.push((i, end));
         }
@@ -118,15 +118,15 @@ fn the_cached_pass_gives_the_hidden_state_of_the_training_one_chunk_by_chunk() -
         (&PROMPTS[0][..7], 0, Wanted::Nothing),
         (&PROMPTS[0][7..], 7, Wanted::Hidden),
     ] {
-        let segment = |tokens, start, table, adapted| Segment {
+        let segment = |tokens, start, table, adapted_from| Segment {
             tokens,
             start,
             table,
-            adapted,
+            adapted_from,
         };
         let segments = [
-            segment(PROMPTS[2], 0, &tables[1], false),
-            segment(tokens, start, &tables[0], true),
+            segment(PROMPTS[2], 0, &tables[1], usize::MAX),
+            segment(tokens, start, &tables[0], 0),
         ];
         let asked = matches!(wanted, Wanted::Hidden);
         let flight = llama.launch(&segments, &mut cache, Some(&adapter), &mut [Wanted::Nothing, wanted])?;
@@ -169,6 +169,62 @@ fn merged_equals_unmerged_and_both_differ_from_the_base() -> anyhow::Result<()> 
         let moved = (got - base)?.abs()?.max_all()?.to_scalar::<f32>()?;
         assert!(moved > 1e-2, "the adapter changes nothing: {moved}");
     }
+    Ok(())
+}
+
+/// What the adapter gives of sequences with its invocation tokens: the base model's keys and values before them, and the
+/// whole adapter from there on.
+fn check_invocation(llama: &Llama, tolerance: f32) -> anyhow::Result<()> {
+    let (plain, activated) = (adapter(llama)?, adapter_from(llama, "all-linear", &[20, 21])?);
+    let prompt = PROMPTS[0];
+    // Twice, the second time from place 10 on; and a sequence without.
+    let twice = [&prompt[..10], &[20, 21, 4]].concat();
+    for (tokens, from) in [(prompt, 6), (&twice, 10), (PROMPTS[2], usize::MAX)] {
+        assert_eq!(activated.active_from(tokens), from);
+        let (mut cache, mut table) = (KvCache::new(llama, 64)?, BlockTable::default());
+        assert!(cache.reserve(&mut table, tokens.len()));
+        let (before, behind) = tokens.split_at(from.min(tokens.len()));
+        let mut want = None;
+        for (tokens, start, adapter) in [(before, 0, None), (behind, before.len(), Some(&plain))] {
+            if tokens.is_empty() {
+                continue;
+            }
+            let segment = Segment {
+                tokens,
+                start,
+                table: &table,
+                adapted_from: 0,
+            };
+            want = Some(Tensor::new(
+                llama.forward(&[segment], &mut cache, adapter)?,
+                &Device::Cpu,
+            )?);
+        }
+        let want = want.expect("a sequence has tokens");
+        for chunk in [100, 4] {
+            let got = run(llama, &[&[6], tokens], chunk, Some(&activated))?;
+            assert_close(&got[1], &want, tolerance)?;
+        }
+        let last = [tokens.len() as u32];
+        let trained = llama.forward_train(&[&[6], tokens], &last, Some(&activated), None)?;
+        assert_close(&trained.get(0)?, &want, tolerance)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_with_invocation_tokens_leaves_what_stands_before_them_as_it_was() -> anyhow::Result<()> {
+    // On the CPU path, and in candle's operations.
+    for (dtype, tolerance) in [(DType::F32, 1e-5), (DType::BF16, 2e-2)] {
+        let config = crate::testing::config();
+        let llama = Llama::new(&config, &crate::testing::weights(&config, dtype, &Device::Cpu)?)?;
+        assert_eq!(llama.runs_on_host(), dtype == DType::F32);
+        check_invocation(&llama, tolerance)?;
+    }
+    let llama = network()?;
+    let activated = adapter_from(&llama, "all-linear", &[20, 21])?;
+    let err = llama.merged(&activated).expect_err("weights know no places");
+    assert!(err.to_string().contains("invocation tokens"), "{err}");
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use super::layer::{Read, Training};
 use super::pass::{Attention, Pass};
 use crate::ModelError;
 use crate::cpu::Sequences;
-use crate::lora::{Adapter, Dropout};
+use crate::lora::{AdaptedRows, Adapter, Dropout, RowMask};
 
 /// Takes gradients as they become known.
 pub type GradientSink<'a> = dyn FnMut(&GradStore) -> Result<(), ModelError> + 'a;
@@ -32,12 +32,24 @@ pub struct TrainPass<'a> {
 struct Checkpoint {
     positions: Arc<[u32]>,
     lengths: Arc<[usize]>,
+    adapted: Option<RowMask>,
     /// Packed positions that are read, of the last layer's output.
     wanted: Tensor,
     /// Each layer's input and the state of the dropout before it.
     layers: Vec<(Tensor, Option<Dropout>)>,
     /// The last layer's output, from which the loss is computed.
     top: Var,
+}
+
+/// The tokens of a pass one behind the other.
+struct PackedTokens<'a> {
+    tokens: &'a [u32],
+    positions: Arc<[u32]>,
+    /// Tokens of each sequence.
+    lengths: Arc<[usize]>,
+    adapted: Option<AdaptedRows>,
+    /// Rows that are read, ascending.
+    read: &'a [u32],
 }
 
 impl<'a> TrainPass<'a> {
@@ -99,7 +111,8 @@ impl<'a> TrainPass<'a> {
     ) -> Result<(), ModelError> {
         for (layer, (input, dropout)) in checkpoint.layers.iter().enumerate().rev() {
             let x = Var::from_tensor(input)?;
-            let pass = self.pass(&checkpoint.positions, &checkpoint.lengths, dropout.as_ref());
+            let mut pass = self.pass(&checkpoint.positions, &checkpoint.lengths, checkpoint.adapted.clone());
+            pass.dropout = dropout.as_ref();
             let wanted = self.llama.wanted_of(layer, &checkpoint.wanted);
             let y = self.llama.blocks[layer].forward(x.as_tensor(), layer, &pass, wanted)?;
             // The gradient of Σ y grad, grad a constant, is what the chain rule asks for.
@@ -116,17 +129,45 @@ impl<'a> TrainPass<'a> {
 
     /// Hidden states at the packed positions `wanted`, before the last norm.
     fn hidden(&self, sequences: &[&[u32]], wanted: &[u32]) -> Result<Tensor, ModelError> {
-        let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)))?;
-        let lengths: Arc<[usize]> = sequences.iter().map(|s| s.len()).collect();
-        if let Some(x) = self.hidden_of_layers(&tokens, &positions, &lengths, wanted)? {
+        let mut rows = wanted.to_vec();
+        rows.sort_unstable();
+        rows.dedup();
+        let x = self.hidden_of_rows(sequences, &rows)?;
+        if rows == wanted {
             return Ok(x);
         }
-        let pass = self.pass(&positions, &lengths, self.dropout);
-        let Some(checkpoints) = &self.checkpoints else {
-            return self.llama.hidden(&tokens, &pass, wanted);
+        let place = |row| rows.partition_point(|r| r < row) as u32;
+        let order: Vec<u32> = wanted.iter().map(place).collect();
+        Ok(x.index_select(&Tensor::new(order, self.llama.device())?, 0)?)
+    }
+
+    /// The last layer's output at packed `rows`, ascending: by layers that compute their own gradients, where there are any
+    /// for this network, and with checkpointing run again themselves; else by candle's operations.
+    fn hidden_of_rows(&self, sequences: &[&[u32]], rows: &[u32]) -> Result<Tensor, ModelError> {
+        let (tokens, positions) = self.llama.pack(sequences.iter().map(|s| (*s, 0)))?;
+        let packed = PackedTokens {
+            tokens: &tokens,
+            positions,
+            lengths: sequences.iter().map(|s| s.len()).collect(),
+            adapted: self.adapted_rows(sequences, rows),
+            read: rows,
         };
-        let wanted = Tensor::new(wanted, self.llama.device())?;
-        let mut x = self.llama.embed(&tokens)?.detach();
+        match self.run_on_gpu(&packed)? {
+            Some(x) => Ok(x),
+            None if self.llama.blocks.iter().all(Block::runs_on_host) => self.run_on_host(packed),
+            None => self.run_stock(packed),
+        }
+    }
+
+    /// As [`TrainPass::hidden_of_rows`], in candle's operations.
+    fn run_stock(&self, packed: PackedTokens) -> Result<Tensor, ModelError> {
+        let adapted = packed.adapted.map(|rows| rows.on(self.llama.device())).transpose()?;
+        let pass = self.pass(&packed.positions, &packed.lengths, adapted.clone());
+        let Some(checkpoints) = &self.checkpoints else {
+            return self.llama.hidden(packed.tokens, &pass, packed.read);
+        };
+        let wanted = Tensor::new(packed.read, self.llama.device())?;
+        let mut x = self.llama.embed(packed.tokens)?.detach();
         let mut layers = Vec::with_capacity(self.llama.blocks.len());
         for (layer, block) in self.llama.blocks.iter().enumerate() {
             layers.push((x.clone(), self.dropout.cloned()));
@@ -136,9 +177,11 @@ impl<'a> TrainPass<'a> {
         }
         let top = Var::from_tensor(&x)?;
         let hidden = top.as_tensor().clone();
+        drop(pass);
         checkpoints.borrow_mut().push(Checkpoint {
-            positions,
-            lengths,
+            positions: packed.positions,
+            lengths: packed.lengths,
+            adapted,
             wanted,
             layers,
             top,
@@ -146,42 +189,9 @@ impl<'a> TrainPass<'a> {
         Ok(hidden)
     }
 
-    /// As [`TrainPass::hidden`], by layers that compute their own gradients, where there are any for this network. With
-    /// checkpointing the layers themselves run again.
-    fn hidden_of_layers(
-        &self,
-        tokens: &[u32],
-        positions: &Arc<[u32]>,
-        lengths: &[usize],
-        wanted: &[u32],
-    ) -> Result<Option<Tensor>, ModelError> {
-        let mut rows = wanted.to_vec();
-        rows.sort_unstable();
-        rows.dedup();
-        let x = match self.run_on_gpu(tokens, positions, lengths, &rows)? {
-            Some(x) => x,
-            None if self.llama.blocks.iter().all(Block::runs_on_host) => {
-                self.run_on_host(tokens, positions, lengths, &rows)?
-            }
-            None => return Ok(None),
-        };
-        if rows == wanted {
-            return Ok(Some(x));
-        }
-        let place = |row| rows.partition_point(|r| r < row) as u32;
-        let order: Vec<u32> = wanted.iter().map(place).collect();
-        Ok(Some(x.index_select(&Tensor::new(order, self.llama.device())?, 0)?))
-    }
-
     /// The last layer's output at packed `rows`, ascending; `None` where the GPU path does not train this network.
     #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-    fn run_on_gpu(
-        &self,
-        tokens: &[u32],
-        positions: &[u32],
-        lengths: &[usize],
-        rows: &[u32],
-    ) -> Result<Option<Tensor>, ModelError> {
+    fn run_on_gpu(&self, packed: &PackedTokens) -> Result<Option<Tensor>, ModelError> {
         let llama = self.llama;
         let frozen = llama.blocks.iter().all(Block::is_frozen);
         let Some(device) = frozen.then(|| llama.gpu_training.device(llama)).transpose()?.flatten() else {
@@ -189,35 +199,31 @@ impl<'a> TrainPass<'a> {
         };
         let training = crate::gpu::GpuTraining {
             device,
-            lengths,
-            positions,
-            read: rows,
+            lengths: &packed.lengths,
+            positions: &packed.positions,
+            read: packed.read,
             adapter: self.adapter,
+            adapted: packed.adapted.as_ref(),
             dropout: self.dropout,
             checkpointing: self.checkpoints.is_some(),
         };
-        Ok(Some(training.run(&llama.embed(tokens)?)?))
+        Ok(Some(training.run(&llama.embed(packed.tokens)?)?))
     }
 
     #[cfg(not(any(feature = "cuda", feature = "kernel-emulation")))]
     #[allow(clippy::unused_self, clippy::unnecessary_wraps)]
-    fn run_on_gpu(&self, _: &[u32], _: &[u32], _: &[usize], _: &[u32]) -> Result<Option<Tensor>, ModelError> {
+    fn run_on_gpu(&self, _: &PackedTokens) -> Result<Option<Tensor>, ModelError> {
         Ok(None)
     }
 
     /// The last layer's output at packed `rows`, ascending, on the CPU path.
-    fn run_on_host(
-        &self,
-        tokens: &[u32],
-        positions: &Arc<[u32]>,
-        lengths: &[usize],
-        rows: &[u32],
-    ) -> Result<Tensor, ModelError> {
+    fn run_on_host(&self, packed: PackedTokens) -> Result<Tensor, ModelError> {
+        let (lengths, rows) = (&*packed.lengths, packed.read);
         let all = Read {
             sequences: Arc::new(Sequences::new(lengths)),
             rows: None,
         };
-        let last = match rows.len() == tokens.len() {
+        let last = match rows.len() == packed.tokens.len() {
             true => all.clone(),
             false => Read {
                 sequences: Arc::new(Sequences::asked(lengths, rows)),
@@ -225,23 +231,31 @@ impl<'a> TrainPass<'a> {
             },
         };
         let training = Training {
-            positions: positions.clone(),
+            positions: packed.positions,
             rope: &self.llama.rope,
             adapter: self.adapter,
+            adapted: packed.adapted.map(Arc::new),
             dropout: self.dropout,
             checkpointing: self.checkpoints.is_some(),
             scratch: &self.llama.scratch,
         };
-        Ok(training.run(&self.llama.blocks, 0, &self.llama.embed(tokens)?, [&all, &last])?)
+        Ok(training.run(&self.llama.blocks, 0, &self.llama.embed(packed.tokens)?, [&all, &last])?)
     }
 
-    fn pass<'p>(&'p self, positions: &Arc<[u32]>, lengths: &Arc<[usize]>, dropout: Option<&'p Dropout>) -> Pass<'p> {
+    /// The rows that the adapter changes, where that is not all.
+    fn adapted_rows(&self, sequences: &[&[u32]], read: &[u32]) -> Option<AdaptedRows> {
+        let adapter = self.adapter?;
+        let sequences = sequences.iter().map(|s| (s.len(), adapter.active_from(s)));
+        AdaptedRows::new(sequences, read.iter().map(|&row| row as usize))
+    }
+
+    fn pass<'p>(&'p self, positions: &Arc<[u32]>, lengths: &Arc<[usize]>, adapted: Option<RowMask>) -> Pass<'p> {
         Pass {
             positions: positions.clone(),
             rope: &self.llama.rope,
             adapter: self.adapter,
-            unadapted: None,
-            dropout,
+            adapted,
+            dropout: self.dropout,
             attention: Attention::Packed(lengths.clone()),
         }
     }

@@ -136,7 +136,7 @@ impl<'a> Running<'a> {
                 tokens,
                 start: self.rows[row].1,
                 table: &self.rows[row].0,
-                adapted: true,
+                adapted_from: 0,
             })
             .collect();
         let logits = self.llama.forward(&segments, &mut self.cache, self.adapter)?;

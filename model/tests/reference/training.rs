@@ -47,6 +47,7 @@ fn adapter(llama: &Llama, fixture: &HashMap<String, Tensor>, prefix: &str) -> Re
         lora_dropout: 0.0,
         use_rslora: false,
         target_modules: "all-linear".parse().map_err(anyhow::Error::msg)?,
+        invocation_tokens: Vec::new(),
     };
     let adapter = Adapter::init(llama.config(), config, 0, &Device::Cpu)?;
     for (name, factor) in adapter.tensors() {

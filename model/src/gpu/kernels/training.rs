@@ -224,9 +224,10 @@ impl Kernels<'_> {
         unsafe { self.launch("swiglu_grad", (rows, parts, 1), ROW_THREADS, 0, &args) }
     }
 
-    /// `low = scale * factor x`, some of `x` dropped.
+    /// `low = scales * (factor x)`, some of `x` dropped.
     ///
     /// - `low`: `[rows, rank]` f32; `x`: rows of the factor's width, and the elements from one to the next
+    /// - `scales`: `[rows]` f32
     ///
     /// # Safety
     /// The addresses hold that.
@@ -236,7 +237,7 @@ impl Kernels<'_> {
         (x, stride): (Address, usize),
         rows: usize,
         factor: Factor,
-        scale: f32,
+        scales: Address,
         drop: Drop,
     ) -> Result<()> {
         let mut args = vec![
@@ -249,7 +250,7 @@ impl Kernels<'_> {
             Arg::Int(factor.rank as i32),
             Arg::Int(factor.step_k as i32),
             Arg::Int(factor.step_i as i32),
-            Arg::Float(scale),
+            Arg::Pointer(scales),
         ];
         args.extend(drop.args());
         let grid = (rows.div_ceil(TERM.1), factor.rank.div_ceil(TERM.0), 1);

@@ -61,7 +61,7 @@ fn run(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> anyhow::
                 tokens: &sequences[i][cached[i]..],
                 start: cached[i],
                 table: &tables[i],
-                adapted: i < 2,
+                adapted_from: if i < 2 { 0 } else { usize::MAX },
             })
             .collect();
         if step % 2 == 0 {
@@ -118,7 +118,7 @@ fn a_pass_takes_tokens_that_the_one_before_drew_and_the_host_does_not_know() -> 
                 tokens: &next[who],
                 start: starts[who],
                 table: &tables[who],
-                adapted: false,
+                adapted_from: usize::MAX,
             };
             let segments: Vec<Segment> = order.iter().map(segment).collect();
             let mut samplers = vec![Sampler::new(SamplingParams::GREEDY); 3];
@@ -157,7 +157,7 @@ fn tokens_that_no_pass_drew_are_refused() -> anyhow::Result<()> {
             tokens: &[drawn_token(0)],
             start: 0,
             table: &table,
-            adapted: false,
+            adapted_from: usize::MAX,
         };
         let mut wanted = [Wanted::Nothing];
         assert!(llama.launch(&[segment], &mut cache, None, &mut wanted).is_err());
@@ -178,7 +178,7 @@ fn segments_with_and_without_the_adapter_share_a_pass() -> anyhow::Result<()> {
             tokens: &sequences[i],
             start: 0,
             table: &table,
-            adapted: true,
+            adapted_from: 0,
         };
         Ok(llama.forward(&[segment], &mut cache, adapter)?.to_vec())
     };
@@ -192,7 +192,7 @@ fn segments_with_and_without_the_adapter_share_a_pass() -> anyhow::Result<()> {
                 tokens: &sequences[i],
                 start: 0,
                 table: &tables[i],
-                adapted: i != 1,
+                adapted_from: if i == 1 { usize::MAX } else { 0 },
             })
             .collect();
         let together = llama.forward(&segments, &mut cache, Some(&adapter))?;
@@ -231,7 +231,7 @@ fn hidden_states_come_with_the_tokens_in_the_order_of_their_segments() -> anyhow
                 tokens: &sequences[i],
                 start: 0,
                 table: &tables[i],
-                adapted: i != 0,
+                adapted_from: if i == 0 { usize::MAX } else { 0 },
             };
             let segments: Vec<Segment> = (0..3).map(segment).collect();
             let mut sampler = Sampler::new(SamplingParams::GREEDY);

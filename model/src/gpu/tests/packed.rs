@@ -26,7 +26,7 @@ struct Attended {
 fn attend(gpu: &Gpu, [q, kv, grad]: [&Tensor; 3], read: &[u32], shape: AttentionShape) -> Result<Attended> {
     let (dtype, device) = (q.dtype(), q.device());
     let positions: Vec<u32> = LENGTHS.iter().flat_map(|&n| 0..n as u32).collect();
-    let inputs = PassInputs::new(gpu, dtype, &LENGTHS, &positions, read)?;
+    let inputs = PassInputs::new(gpu, dtype, (&LENGTHS, &positions), read, (1.0, None))?;
     let (out, dq) = (zeros(q.dims(), dtype, device)?, zeros(q.dims(), dtype, device)?);
     let dkv = zeros(kv.dims(), dtype, device)?;
     let sums = [read.len(), shape.heads];
@@ -153,16 +153,20 @@ fn a_term_drops_the_same_inputs_forward_and_backward() -> Result<()> {
                 zeros(&[rows, rank], DType::F32, device)?,
                 zeros(&[rows, rank], DType::F32, device)?,
             );
+            // A third of the rows has no adapter.
+            let scales: Vec<f32> = (0..rows).map(|row| if row % 3 == 1 { 0.0 } else { scale }).collect();
+            let scales = Tensor::from_vec(scales, (rows, 1), device)?;
             let parts = zeros(&[2 * rank * inputs], DType::F32, device)?;
             let [x_at, out_at, a_at, b_at, grad_at, dx_at] = addresses(gpu, [&x, &out, &a, &b, &grad, &dx])?;
             let [da_at, db_at, low_at, dlow_at, parts_at] = addresses(gpu, [&da, &db, &low, &dlow, &parts])?;
+            let [scales_at] = addresses(gpu, [&scales])?;
             let (fa, fb) = (Factor::a(a_at, rank, inputs), Factor::b(b_at, rank, outputs));
             // SAFETY: the tensors have the shapes that the kernels read and write.
             unsafe {
                 let kernels = kernels(gpu, dtype);
-                kernels.term_down(low_at, (x_at, inputs), rows, fa, scale, drop)?;
+                kernels.term_down(low_at, (x_at, inputs), rows, fa, scales_at, drop)?;
                 kernels.term_up((out_at, outputs), low_at, rows, fb, Drop::NONE)?;
-                kernels.term_down(dlow_at, (grad_at, outputs), rows, fb, scale, Drop::NONE)?;
+                kernels.term_down(dlow_at, (grad_at, outputs), rows, fb, scales_at, Drop::NONE)?;
                 let (to_a, to_b) = (Factor::a(da_at, rank, inputs), Factor::b(db_at, rank, outputs));
                 kernels.term_outer(to_b, parts_at, (grad_at, outputs), low_at, rows, Drop::NONE)?;
                 kernels.term_outer(to_a, parts_at, (x_at, inputs), dlow_at, rows, drop)?;
@@ -177,7 +181,7 @@ fn a_term_drops_the_same_inputs_forward_and_backward() -> Result<()> {
                 vars.insert(name, Var::from_tensor(&read(tensor)?)?);
             }
             let low = (vars["x"].as_tensor() * &mask)?.matmul(&vars["a"].t()?)?;
-            let want = (low.matmul(&vars["b"].t()?)? * f64::from(scale))?;
+            let want = low.matmul(&vars["b"].t()?)?.broadcast_mul(&read(&scales)?)?;
             let grads = (&want * read(&grad)?)?.sum_all()?.backward()?;
             // Sums of up to 130 products of values of a few units, of which only those in dtype are rounded.
             let of = |name: &str| grads.get(vars[name].as_tensor()).cloned().expect("it has a gradient");

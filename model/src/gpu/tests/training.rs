@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::lora::Dropout;
 use crate::network::TrainPass;
-use crate::testing::{adapter, adapter_of, weights};
+use crate::testing::{adapter, adapter_from, adapter_of, weights};
 use crate::{Adapter, Llama, ModelConfig, cross_entropy};
 
 /// More than a tile of queries, one token, and a few.
@@ -88,6 +88,8 @@ struct Step {
 struct Settings {
     dropout: f64,
     checkpointing: bool,
+    /// The adapter begins within the sequences.
+    activated: bool,
     /// All rows and not only [`READ`].
     every_row: bool,
 }
@@ -163,8 +165,10 @@ fn assert_same_bits(got: &Step, want: &Step) -> Result<()> {
 
 /// The gradients of the CPU path and of the GPU path, each with an adapter of its own on `modules`.
 fn assert_as_host(llama: &Llama, gpu: &Llama, modules: &str, settings: Settings, tolerance: f32) -> Result<()> {
-    let want = step(llama, &adapter_of(llama, modules)?, settings)?;
-    let got = step(gpu, &adapter_of(gpu, modules)?, settings)?;
+    // The last sequence from its third token on; the others have no such place.
+    let invocation: &[u32] = if settings.activated { &[38, 45] } else { &[] };
+    let want = step(llama, &adapter_from(llama, modules, invocation)?, settings)?;
+    let got = step(gpu, &adapter_from(gpu, modules, invocation)?, settings)?;
     ensure!(gpu.training_slot().is_made(), "the kernels did not run");
     assert_near(&got, &want, tolerance)
 }
@@ -190,6 +194,23 @@ fn any_choice_of_modules_gets_the_gradients_of_the_cpu_path() -> Result<()> {
         let (host, gpu) = (host(&base())?, on_gpu(&base(), DType::F32, &device)?);
         for modules in ["q_proj,v_proj", "k_proj", "down_proj", "o_proj,gate_proj"] {
             assert_as_host(&host, &gpu, modules, Settings::default(), 1e-4).context(modules)?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_adapter_that_begins_within_a_sequence_gets_the_gradients_of_the_cpu_path() -> Result<()> {
+    for device in devices()? {
+        let (host, gpu) = (host(&base())?, on_gpu(&base(), DType::F32, &device)?);
+        for (checkpointing, every_row) in [(false, false), (true, true)] {
+            let settings = Settings {
+                activated: true,
+                checkpointing,
+                every_row,
+                ..Settings::default()
+            };
+            assert_as_host(&host, &gpu, "all-linear", settings, 1e-4)?;
         }
     }
     Ok(())

@@ -6,6 +6,7 @@ use super::NO_ROW;
 use crate::gpu::Gpu;
 use crate::gpu::backend::{Address, Buffer};
 use crate::gpu::kernels::{Tiles, packed_tile};
+use crate::lora::AdaptedRows;
 
 /// The inputs of one pass on the device.
 pub(crate) struct PassInputs {
@@ -27,24 +28,35 @@ pub(crate) struct Reading {
     pub places: Address,
     /// `[queries]`: their positions.
     pub positions: Address,
+    /// `[queries]` f32: what the adapter's low-rank terms are multiplied by, 0 where it changes nothing.
+    pub scales: Address,
     pub query_tiles: Tiles,
     pub key_tiles: Tiles,
 }
 
 impl PassInputs {
     /// - `lengths`: tokens of each sequence; `read`: packed rows that are read of the last layer, ascending
+    /// - `scale`: of the adapter's terms, and the rows that it changes where that is not all
     ///
     /// # Errors
     /// The device failed.
-    pub fn new(gpu: &Gpu, dtype: DType, lengths: &[usize], positions: &[u32], read: &[u32]) -> Result<Self> {
+    pub fn new(
+        gpu: &Gpu,
+        dtype: DType,
+        (lengths, positions): (&[usize], &[u32]),
+        read: &[u32],
+        (scale, adapted): (f32, Option<&AdaptedRows>),
+    ) -> Result<Self> {
         let (tokens, tile) = (positions.len(), packed_tile(dtype));
         let every: Vec<u32> = (0..tokens as u32).collect();
         let mut words = Words::default();
         let at = words.push(positions);
-        let all = words.reading(tile, lengths, positions, &every);
+        let adapted = |row: u32| adapted.is_none_or(|rows| rows.changes(row as usize));
+        let scale = |row: u32| if adapted(row) { scale } else { 0.0 };
+        let all = words.reading(tile, lengths, positions, (&every, &scale));
         let last = match read.len() == tokens {
             true => all,
-            false => words.reading(tile, lengths, positions, read),
+            false => words.reading(tile, lengths, positions, (read, &scale)),
         };
         let memory = gpu.alloc(4 * words.0.len())?;
         // SAFETY: the memory was just made for these words.
@@ -71,6 +83,7 @@ impl Reading {
             rows: moved(self.rows),
             places: moved(self.places),
             positions: self.positions + base,
+            scales: self.scales + base,
             query_tiles: tiles(self.query_tiles),
             key_tiles: tiles(self.key_tiles),
             ..self
@@ -90,13 +103,20 @@ impl Words {
         at as Address
     }
 
-    fn reading(&mut self, tile: usize, lengths: &[usize], positions: &[u32], read: &[u32]) -> Reading {
+    fn reading(
+        &mut self,
+        tile: usize,
+        lengths: &[usize],
+        positions: &[u32],
+        (read, scale): (&[u32], &dyn Fn(u32) -> f32),
+    ) -> Reading {
         let every = read.len() == positions.len();
         let asking: Vec<u32> = read.iter().map(|&row| positions[row as usize]).collect();
         let mut places = vec![NO_ROW; positions.len()];
         for (place, &row) in read.iter().enumerate() {
             places[row as usize] = place as u32;
         }
+        let scales: Vec<u32> = read.iter().map(|&row| scale(row).to_bits()).collect();
         let (query_words, key_words) = tiles(tile, lengths, read);
         let mut tiles = |words: Vec<u32>| Tiles {
             count: words.len() / 4,
@@ -108,6 +128,7 @@ impl Words {
             rows: if every { 0 } else { self.push(read) },
             places: if every { 0 } else { self.push(&places) },
             positions: self.push(&asking),
+            scales: self.push(&scales),
             query_tiles,
             key_tiles,
         }

@@ -9,7 +9,7 @@ use super::inputs::PassInputs;
 use super::layer::GpuLayer;
 use super::pool::Rows;
 use super::{Device, Place};
-use crate::lora::{self, Adapter, Dropout, Terms};
+use crate::lora::{self, AdaptedRows, Adapter, Dropout, Terms};
 use crate::network::{Keeps, Stack};
 
 /// What the layers of one training pass share.
@@ -21,6 +21,8 @@ pub(crate) struct GpuTraining<'a> {
     /// Packed rows that are read of the last layer, ascending.
     pub read: &'a [u32],
     pub adapter: Option<&'a Adapter>,
+    /// The rows that it changes, where that is not all.
+    pub adapted: Option<&'a AdaptedRows>,
     pub dropout: Option<&'a Dropout>,
     /// Keep the layers' inputs alone for the backward pass, which runs each layer again.
     pub checkpointing: bool,
@@ -38,12 +40,13 @@ impl GpuTraining<'_> {
         let numbers = 0..device.config.num_hidden_layers;
         let factors = lora::flat_factors(self.adapter, numbers.clone(), x.device())?;
         let keeps = Keeps::of(&x, &factors, self.checkpointing);
+        let scale = self.adapter.map_or(0.0, |adapter| adapter.config().scale() as f32);
         let inputs = PassInputs::new(
             device.lock().gpu(),
             device.dtype,
-            self.lengths,
-            self.positions,
+            (self.lengths, self.positions),
             self.read,
+            (scale, self.adapted),
         )?;
         let (inputs, mut start) = (Arc::new(inputs), 0);
         let layers = numbers.clone().map(|number| {

@@ -43,7 +43,7 @@ impl GpuLayer {
                 (x, term.inputs),
                 rows,
                 a,
-                self.terms.scale,
+                self.scales(rows),
                 self.drop(kind),
             )?;
             kernels.term_up(out, low.address(), rows, b, Drop::NONE)?;
@@ -73,7 +73,7 @@ impl GpuLayer {
         // SAFETY: the caller's rows, memory just taken for as many, and factors of the term's shapes.
         unsafe {
             let kernels = on.kernels();
-            kernels.term_down(dlow.address(), grad, rows, b, self.terms.scale, Drop::NONE)?;
+            kernels.term_down(dlow.address(), grad, rows, b, self.scales(rows), Drop::NONE)?;
             kernels.term_outer(db, parts.address(), grad, low.low.address(), rows, Drop::NONE)?;
             kernels.term_outer(da, parts.address(), (x, term.inputs), dlow.address(), rows, drop)?;
             if let Some(dx) = dx {
@@ -82,6 +82,14 @@ impl GpuLayer {
         }
         on.give([dlow, parts]);
         Ok(())
+    }
+
+    /// Of each of `rows` rows, which are all or those that are read, what its term is multiplied by.
+    fn scales(&self, rows: usize) -> Address {
+        match rows == self.inputs.tokens {
+            true => self.inputs.all.scales,
+            false => self.inputs.last.scales,
+        }
     }
 
     /// What is dropped of a term's inputs: each term draws its own.

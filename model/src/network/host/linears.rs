@@ -101,7 +101,9 @@ impl Layer<'_> {
         let (rank, inputs) = pair.a.shape();
         low.resize(x.len() / inputs * rank, 0.0);
         multiply_into(&pair.a, x, low, false, None);
-        self.pass.drop_unadapted(low, rank);
+        if let Some(rows) = self.pass.adapted {
+            rows.keep(low, rank);
+        }
         let scale = adapter.config().scale() as f32;
         low.iter_mut().for_each(|v| *v *= scale);
         multiply_into(&pair.b, low, sum, true, None);

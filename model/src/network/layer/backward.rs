@@ -168,8 +168,14 @@ impl LayerOp {
             let low = factors.low.iter().find(|low| low.kind() == kind);
             if let (Some(low), Some(input)) = (low, input) {
                 let dx = dx.as_deref_mut();
-                self.terms
-                    .backward(low, (input, grad), factors.grads, dx, &self.scratch);
+                self.terms.backward(
+                    low,
+                    (input, grad),
+                    factors.grads,
+                    dx,
+                    self.adapted.as_deref(),
+                    &self.scratch,
+                );
             }
         }
     }

@@ -3,19 +3,21 @@
 use std::borrow::Cow;
 
 use crate::cpu::{PackedMatrix, Scratch, Turned, multiply_into, multiply_turned, outer};
-use crate::lora::{Dropout, LinearKind, Mask, Term, Terms};
+use crate::lora::{AdaptedRows, Dropout, LinearKind, Mask, Term, Terms};
 
 impl Terms {
     /// A forward pass through the terms.
     pub(super) fn forward<'a>(
         &'a self,
         factors: &'a [f32],
+        adapted: Option<&'a AdaptedRows>,
         dropout: Option<(f64, u64)>,
         scratch: &'a Scratch,
     ) -> Forward<'a> {
         Forward {
             terms: self,
             factors,
+            adapted,
             dropout: dropout.map(|(probability, seed)| Dropout::new(probability, seed)),
             scratch,
             done: Vec::new(),
@@ -31,6 +33,7 @@ impl Terms {
         (input, grad): (&[f32], &[f32]),
         dfactors: &mut [f32],
         dx: Option<&mut [f32]>,
+        adapted: Option<&AdaptedRows>,
         scratch: &Scratch,
     ) {
         let term = low.term;
@@ -39,6 +42,9 @@ impl Terms {
         let through = Turned { grad, matrix: &low.b };
         multiply_turned(&[through], &mut dlow, false);
         dlow.iter_mut().for_each(|v| *v *= self.scale);
+        if let Some(rows) = adapted {
+            rows.keep(&mut dlow, rank);
+        }
         let db = &mut dfactors[term.b()];
         outer(grad, term.outputs, &low.low, rank, |o, r, sum| db[o * rank + r] = sum);
         let dropped = dropped(input, low.mask.as_ref(), scratch);
@@ -92,6 +98,7 @@ impl LowRank {
 pub(super) struct Forward<'a> {
     terms: &'a Terms,
     factors: &'a [f32],
+    adapted: Option<&'a AdaptedRows>,
     dropout: Option<Dropout>,
     scratch: &'a Scratch,
     done: Vec<LowRank>,
@@ -110,6 +117,9 @@ impl Forward<'_> {
         let mut low = self.scratch.take(x.len() / term.inputs * term.rank);
         multiply_into(&a, &dropped, &mut low, false, None);
         low.iter_mut().for_each(|v| *v *= self.terms.scale);
+        if let Some(rows) = self.adapted {
+            rows.keep(&mut low, term.rank);
+        }
         multiply_into(&b, &low, out, true, None);
         if let Cow::Owned(dropped) = dropped {
             self.scratch.give([dropped]);

@@ -11,7 +11,7 @@ use super::super::stack::{Keeps, Stack};
 
 use super::{LayerOp, Read};
 use crate::cpu::Scratch;
-use crate::lora::{self, Adapter, Dropout, Terms};
+use crate::lora::{self, AdaptedRows, Adapter, Dropout, Terms};
 use crate::network::block::Block;
 use crate::ops::{self, RopeTable, host_floats};
 
@@ -21,6 +21,8 @@ pub(in crate::network) struct Training<'a> {
     pub positions: Arc<[u32]>,
     pub rope: &'a Arc<RopeTable>,
     pub adapter: Option<&'a Adapter>,
+    /// The rows that it changes, where that is not all.
+    pub adapted: Option<Arc<AdaptedRows>>,
     pub dropout: Option<&'a Dropout>,
     /// Keep the layers' inputs alone for the backward pass, which runs each layer again.
     pub checkpointing: bool,
@@ -46,6 +48,7 @@ impl Training<'_> {
                 rope: self.rope.clone(),
                 dropout: self.dropout.and_then(Dropout::fork),
                 scratch: self.scratch.clone(),
+                adapted: self.adapted.clone(),
                 terms,
             })
         });

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor, Var};
 use super::{Read, Training};
 use crate::ModelConfig;
 use crate::cpu::{Scratch, Sequences};
-use crate::lora::Dropout;
+use crate::lora::{AdaptedRows, Dropout};
 use crate::network::pass::{Attention, Pass};
 use crate::ops::testing::{assert_close, random};
 
@@ -17,6 +17,8 @@ const LENGTHS: [usize; 3] = [21, 1, 7];
 struct Case {
     config: ModelConfig,
     modules: &'static str,
+    /// Where the adapter begins in each sequence, in place of everywhere.
+    active_from: Option<[usize; 3]>,
     dropout: f64,
     /// Packed rows that are read.
     rows: Option<Vec<u32>>,
@@ -28,6 +30,7 @@ impl Case {
         Self {
             config,
             modules,
+            active_from: None,
             dropout: 0.0,
             rows: None,
             checkpointing: false,
@@ -48,6 +51,10 @@ impl Case {
             .as_ref()
             .map(|r| Tensor::new(r.as_slice(), &Device::Cpu))
             .transpose()?;
+        let adapted = self.active_from.and_then(|from| {
+            let read = self.rows.iter().flatten().map(|&row| row as usize);
+            AdaptedRows::new(LENGTHS.into_iter().zip(from), read)
+        });
         // The layer draws a seed of its own from the pass's generator.
         let outer = Dropout::new(self.dropout, 3);
         let forked = outer.fork().map(|(p, seed)| Dropout::new(p, seed));
@@ -55,7 +62,7 @@ impl Case {
             positions: positions.clone(),
             rope: &llama.rope,
             adapter: Some(&adapter),
-            unadapted: None,
+            adapted: adapted.as_ref().map(|rows| rows.on(&Device::Cpu)).transpose()?,
             dropout: forked.as_ref(),
             attention: Attention::Packed(LENGTHS.as_slice().into()),
         };
@@ -67,6 +74,7 @@ impl Case {
             positions,
             rope: &llama.rope,
             adapter: Some(&adapter),
+            adapted: adapted.map(Arc::new),
             dropout: Some(&outer),
             checkpointing: self.checkpointing,
             scratch: &scratch,
@@ -149,6 +157,23 @@ fn rows_that_are_not_read_cost_nothing_and_change_nothing() -> anyhow::Result<()
         case.rows = Some(vec![3, 19, 20, 28]);
         case.check()?;
         case.config.qk_norm = true;
+        case.check()?;
+    }
+    Ok(())
+}
+
+#[test]
+fn rows_that_the_adapter_leaves_alone_give_its_factors_no_gradient() -> anyhow::Result<()> {
+    for modules in ["q_proj,v_proj", "all-linear"] {
+        let mut case = Case::new(crate::testing::config(), modules);
+        case.active_from = Some([12, usize::MAX, 2]);
+        case.check()?;
+        case.rows = Some(vec![3, 19, 20, 28]);
+        case.check()?;
+        // Without rows, of which the two layers drop others.
+        case.rows = None;
+        case.dropout = 0.3;
+        case.checkpointing = true;
         case.check()?;
     }
     Ok(())
