@@ -90,8 +90,11 @@ impl Slots<'_> {
         }
         loop {
             self.cancel(on_output)?;
+            if self.probes.are_awaited() {
+                self.look_ahead(slots);
+            }
             self.admit(slots);
-            if self.running.is_empty() {
+            if self.running.is_empty() && self.queue.is_empty() {
                 if let Some(recording) = &mut self.engine.recording {
                     recording.close_slots(self.stats.steps);
                 }
@@ -104,6 +107,8 @@ impl Slots<'_> {
             if stepped.is_launched {
                 self.stats.steps += 1;
                 self.stats.slot_steps += slots as u64;
+            } else if self.running.is_empty() && stepped.probed.is_empty() {
+                self.wait_no_longer();
             }
             self.stats.probe_tokens += stepped.probe_tokens as u64;
             self.learn(stepped.probed);
@@ -153,12 +158,20 @@ impl Slots<'_> {
 
     fn admit(&mut self, slots: usize) {
         while self.running.len() < slots {
+            if self.queue.first().is_some_and(|next| self.probes.holds(next.item)) {
+                break;
+            }
             let Some(next) = self.queue.admit() else { break };
-            self.probes.admitted(next.item);
-            let Some(sequence) = self.take(next.item as usize) else {
+            let Some(mut sequence) = self.take(next.item as usize) else {
                 self.queue.release(next.cache_tokens);
+                self.probes.drop(next.item, &mut self.engine.cache);
                 continue;
             };
+            if let Some((table, tokens)) = self.probes.admitted(next.item) {
+                // The probe's pass was this part of the request's own prefill.
+                self.stats.probe_tokens -= tokens as u64;
+                sequence.adopt(table, tokens);
+            }
             // What it had before it was preempted is computed a second time, from here on.
             self.stats.slot_steps += u64::from(sequence.generated());
             if let Some(recording) = &mut self.engine.recording {
@@ -176,16 +189,23 @@ impl Slots<'_> {
     fn look_ahead(&mut self, slots: usize) {
         let most_tokens = self.engine.longest_probe();
         while let Some(number) = self.probes.look(slots).filter(|number| *number < self.requests.len()) {
-            let (id, waits) = match &self.requests[number] {
-                Waiter::New(new) => (&new.request.id, true),
+            let (id, own) = match &self.requests[number] {
+                Waiter::New(new) => (&new.request.id, Some(&new.request.prompt[..])),
                 // It outgrew what it was given, and gets room for the longest answer.
                 Waiter::Preempted(..) => continue,
                 Waiter::Away => match self.running.iter().find(|r| r.number as usize == number) {
-                    Some(running) => (&running.sequence.request.id, false),
+                    Some(running) => (&running.sequence.request.id, None),
                     None => continue,
                 },
             };
-            self.probes.open(number as u32, id, waits, most_tokens);
+            self.probes.open(number as u32, id, own, most_tokens);
+        }
+    }
+
+    /// Nothing runs, and the probe that the next request waits for has no room: it is admitted without.
+    fn wait_no_longer(&mut self) {
+        if let Some(number) = self.queue.first().map(|next| next.item) {
+            self.probes.drop(number, &mut self.engine.cache);
         }
     }
 

@@ -150,7 +150,7 @@ impl Engine {
     /// A request that was checked, its cap lowered to what the model's positions leave.
     pub(crate) fn begin(&self, mut request: SequenceRequest) -> Sequence {
         request.max_new_tokens = self.longest_answer(&request) as u32;
-        Sequence::new(request)
+        Sequence::new(request, self.adapter.as_deref())
     }
 
     /// One forward pass: every sequence's next token, or a chunk of its prompt. Each must have its blocks reserved
@@ -199,12 +199,12 @@ impl Engine {
         let (counts, left) = self.share_prefill(sequences);
         let passes = sequences.iter_mut().zip(&counts).filter(|(_, n)| **n > 0);
         let (mut segments, mut wanted): (Vec<_>, Vec<_>) = passes.map(|(s, n)| s.pass(*n)).unzip();
-        if segments.is_empty() {
+        let rows = segments.len();
+        if rows == 0 && !probes.are_awaited() {
             return Ok(None);
         }
         probes.reserve(&mut self.cache, left);
         let mut adapter = self.adapter.as_deref();
-        let rows = segments.len();
         for (segment, is_last) in probes.segments() {
             segments.push(segment);
             wanted.push(if is_last { Wanted::Hidden } else { Wanted::Nothing });
@@ -212,7 +212,12 @@ impl Engine {
         if segments.len() > rows {
             // The engine has no adapter of its own where there are probes.
             adapter = probes.prober.map(|prober| prober.adapter());
-            segments[..rows].iter_mut().for_each(|segment| segment.adapted = false);
+            segments[..rows]
+                .iter_mut()
+                .for_each(|segment| segment.adapted_from = usize::MAX);
+        }
+        if segments.is_empty() {
+            return Ok(None);
         }
         let flight = self
             .model

@@ -1,10 +1,17 @@
 //! Lengths of requests that wait, predicted in the passes that decode: a prompt of the predictor's rides behind the running
 //! rows, on the tokens and the cache blocks that they leave.
+//!
+//! Where the predictor's adapter begins within its prompt, what stands before is the request's own prompt, as the decoder
+//! would compute it: the request waits for its probe and goes on with that part of its cache.
+
+mod kept;
 
 use std::collections::HashSet;
 
 use lengthwise_core::RequestId;
 use lengthwise_model::{Adapter, BlockTable, KvCache, Segment};
+
+use kept::Kept;
 
 /// Reads the lengths of answers off hidden states, which the continuous mode computes in the passes that decode.
 pub trait Prober {
@@ -30,6 +37,10 @@ struct Probe {
     /// Which of the run's requests it is for.
     number: u32,
     tokens: Vec<u32>,
+    /// The first of `tokens` that the prober's adapter changes.
+    adapted_from: usize,
+    /// How many of the first are the request's own as well, and come out of this probe as they would out of its prefill.
+    shared: usize,
     /// How many of `tokens` have been through a pass.
     done: usize,
     /// How many go into the next pass.
@@ -64,6 +75,8 @@ pub(crate) struct Probes<'a> {
     pub prober: Option<&'a dyn Prober>,
     /// Those whose hidden state has not come yet, the first request's first.
     open: Vec<Probe>,
+    /// What probes have left of requests that still wait.
+    kept: Kept,
     /// Requests before this one have been looked at.
     looked_at: usize,
     /// Requests that were looked at and still wait.
@@ -78,6 +91,18 @@ impl<'a> Probes<'a> {
         }
     }
 
+    /// Whether requests wait for their probes, since those do a part of their prefill: they are opened before anyone is
+    /// admitted, and are a pass also where no row decodes.
+    pub fn are_awaited(&self) -> bool {
+        self.prober
+            .is_some_and(|prober| !prober.adapter().config().invocation_tokens.is_empty())
+    }
+
+    /// Whether a request has to wait for its probe before it is admitted.
+    pub fn holds(&self, number: u32) -> bool {
+        self.open.iter().any(|probe| probe.number == number && probe.shared > 0)
+    }
+
     /// The number of the next request that is to be looked at, as long as fewer than `slots` are predicted ahead.
     pub fn look(&mut self, slots: usize) -> Option<usize> {
         self.prober?;
@@ -90,16 +115,22 @@ impl<'a> Probes<'a> {
 
     /// Opens the probe of a request, of at most `most_tokens` tokens. A request that has a slot already is probed too: it
     /// may have been given more room than it needs.
-    pub fn open(&mut self, number: u32, id: &RequestId, waits: bool, most_tokens: usize) {
-        let prompt = self.prober.and_then(|prober| prober.prompt(id));
+    ///
+    /// - `own`: the prompt of a request that waits
+    pub fn open(&mut self, number: u32, id: &RequestId, own: Option<&[u32]>, most_tokens: usize) {
+        let Some(prober) = self.prober else { return };
+        let prompt = prober.prompt(id);
         let Some(tokens) = prompt.filter(|tokens| (1..=most_tokens).contains(&tokens.len())) else {
             return;
         };
-        if waits {
+        if own.is_some() {
             self.ahead.insert(number);
         }
+        let adapted_from = prober.adapter().config().active_from(&tokens);
         self.open.push(Probe {
             number,
+            adapted_from,
+            shared: own.map_or(0, |own| shared(own, &tokens).min(adapted_from)),
             tokens,
             done: 0,
             next: 0,
@@ -107,14 +138,19 @@ impl<'a> Probes<'a> {
         });
     }
 
-    /// The request waits no longer: it was given a slot.
-    pub fn admitted(&mut self, number: u32) {
+    /// The request waits no longer: it was given a slot. What its probe has left of its prompt in the cache, and how many
+    /// tokens that are.
+    pub fn admitted(&mut self, number: u32) -> Option<(BlockTable, usize)> {
         self.ahead.remove(&number);
+        self.kept.take(number)
     }
 
     /// Nobody wants to know the request's length any more.
     pub fn drop(&mut self, number: u32, cache: &mut KvCache) {
         self.ahead.remove(&number);
+        if let Some((table, _)) = self.kept.take(number) {
+            cache.release(table);
+        }
         if let Some(at) = self.open.iter().position(|probe| probe.number == number) {
             cache.release(self.open.remove(at).table);
         }
@@ -123,12 +159,17 @@ impl<'a> Probes<'a> {
     /// Nobody wants to know anything any more.
     pub fn drop_all(&mut self, cache: &mut KvCache) {
         self.open.drain(..).for_each(|probe| cache.release(probe.table));
+        while self.kept.give_way(0, cache) {}
     }
 
-    /// Takes the blocks of the last probe that holds any; it begins anew later. False where none does.
+    /// Takes the blocks of the last request that has any of a probe's; a probe that is open begins anew later. False where
+    /// none does.
     pub fn give_way(&mut self, cache: &mut KvCache) -> bool {
-        let holds = |probe: &&mut Probe| probe.table.capacity() > 0;
-        let Some(last) = self.open.iter_mut().rev().find(holds) else {
+        let last = self.open.iter().rposition(|probe| probe.table.capacity() > 0);
+        if self.kept.give_way(last.map_or(0, |at| self.open[at].number), cache) {
+            return true;
+        }
+        let Some(last) = last.map(|at| &mut self.open[at]) else {
             return false;
         };
         cache.release(std::mem::take(&mut last.table));
@@ -137,12 +178,18 @@ impl<'a> Probes<'a> {
     }
 
     /// Shares `left` tokens of the next pass out, first come first. A probe gets the blocks for all its tokens before its
-    /// first pass; where there are too few, it waits, and so do those behind it.
+    /// first pass; where there are too few, those behind it give what their probes have left, or it waits, and so do those
+    /// behind it.
     pub fn reserve(&mut self, cache: &mut KvCache, mut left: usize) {
         self.open.iter_mut().for_each(|probe| probe.next = 0);
         for probe in self.open.iter_mut().filter(|probe| probe.pending() > 0) {
-            if left == 0 || !cache.reserve(&mut probe.table, probe.tokens.len()) {
+            if left == 0 {
                 return;
+            }
+            while !cache.reserve(&mut probe.table, probe.tokens.len()) {
+                if !self.kept.give_way(probe.number, cache) {
+                    return;
+                }
             }
             probe.next = probe.pending().min(left);
             left -= probe.next;
@@ -154,15 +201,17 @@ impl<'a> Probes<'a> {
         self.open.iter().filter(|probe| probe.next > 0).map(Probe::segment)
     }
 
-    /// After the pass was launched: frees the blocks of the prompts that ended in it, which no later pass reads. Returns the
-    /// tokens that it took, and whose hidden states it will give.
+    /// After the pass was launched: frees the blocks of the prompts that ended in it, which no later pass reads, but those
+    /// that the request goes on with. Returns the tokens that it took, and whose hidden states it will give.
     pub fn advance(&mut self, cache: &mut KvCache) -> (usize, Vec<u32>) {
         let (mut tokens, mut ended) = (0, Vec::new());
         for probe in self.open.iter_mut().filter(|probe| probe.next > 0) {
             tokens += probe.next;
             probe.done += std::mem::take(&mut probe.next);
             if probe.pending() == 0 {
-                cache.release(std::mem::take(&mut probe.table));
+                let mut table = std::mem::take(&mut probe.table);
+                cache.shrink(&mut table, probe.shared);
+                self.kept.keep(probe.number, table, probe.shared);
                 ended.push(probe.number);
             }
         }
@@ -174,4 +223,10 @@ impl<'a> Probes<'a> {
         let at = self.open.iter().position(|probe| probe.number == number);
         at.map(|at| self.open.remove(at)).is_some()
     }
+}
+
+/// How many of the first tokens of a request's prompt a probe has as well; one is left to the request, which draws from it.
+fn shared(own: &[u32], probe: &[u32]) -> usize {
+    let alike = own.iter().zip(probe).take_while(|(a, b)| a == b).count();
+    alike.min(own.len().saturating_sub(1))
 }

@@ -1,7 +1,7 @@
 //! One request on its way through the decoder.
 
 use lengthwise_core::{FinishReason, RequestId, SamplingParams};
-use lengthwise_model::{BlockTable, Sampler, Segment, Wanted};
+use lengthwise_model::{Adapter, BlockTable, Sampler, Segment, Wanted};
 
 /// A tokenised request.
 #[derive(Debug, Clone, PartialEq)]
@@ -40,6 +40,8 @@ pub(crate) struct Sequence {
     tokens: Vec<u32>,
     /// How many of `tokens` are in the cache.
     cached: usize,
+    /// The first token that the engine's adapter changes.
+    adapted_from: usize,
     pub table: BlockTable,
     sampler: Sampler,
     pub finish: Option<FinishReason>,
@@ -51,12 +53,14 @@ pub(crate) struct Sequence {
 
 impl Sequence {
     /// The prompt is moved, not copied: a long one is there once.
-    pub fn new(mut request: SequenceRequest) -> Self {
+    pub fn new(mut request: SequenceRequest, adapter: Option<&Adapter>) -> Self {
         let tokens = std::mem::take(&mut request.prompt);
+        let adapted_from = adapter.map_or(0, |adapter| adapter.config().active_from(&tokens));
         Self {
             prompt_tokens: tokens.len(),
             tokens,
             cached: 0,
+            adapted_from,
             table: BlockTable::default(),
             sampler: Sampler::new(request.sampling),
             finish: None,
@@ -107,12 +111,18 @@ impl Sequence {
             tokens: &self.tokens[self.cached..self.cached + count],
             start: self.cached,
             table: &self.table,
-            adapted: true,
+            adapted_from: self.adapted_from.saturating_sub(self.cached),
         };
         match draws {
             true => (segment, Wanted::Token(&mut self.sampler)),
             false => (segment, Wanted::Nothing),
         }
+    }
+
+    /// Takes a cache over that holds its first `tokens` tokens, before any pass of its own.
+    pub fn adopt(&mut self, table: BlockTable, tokens: usize) {
+        self.table = table;
+        self.cached = tokens;
     }
 
     /// After a forward pass over `count` tokens was launched: where those were the last, a token follows that has not
@@ -191,7 +201,7 @@ mod tests {
             replay_tokens: None,
         };
         let at = request.prompt.as_ptr();
-        let sequence = Sequence::new(request);
+        let sequence = Sequence::new(request, None);
         assert_eq!(sequence.tokens.as_ptr(), at, "moved, not copied");
         assert!(sequence.request.prompt.is_empty());
         assert_eq!((sequence.generated(), sequence.most_tokens(3)), (0, 103));

@@ -198,6 +198,12 @@ impl KvCache {
         true
     }
 
+    /// Takes the blocks of a sequence back that its first `tokens` tokens do not need.
+    pub fn shrink(&mut self, table: &mut BlockTable, tokens: usize) {
+        let kept = tokens.div_ceil(BLOCK_TOKENS).min(table.blocks.len());
+        self.free.extend(table.blocks.drain(kept..).rev());
+    }
+
     /// Takes the blocks of a sequence back.
     pub fn release(&mut self, table: BlockTable) {
         self.free.extend(table.blocks.into_iter().rev());

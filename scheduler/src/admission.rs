@@ -185,6 +185,11 @@ impl<T> AdmissionQueue<T> {
         true
     }
 
+    /// The next request, whether or not it fits.
+    pub fn first(&self) -> Option<&Waiting<T>> {
+        self.by_order.get(&self.next_place()?)
+    }
+
     /// The next request, if what it needs fits beside what is held; its share is held from now on. The first in order
     /// that does not fit is waited for, not passed over: smaller ones behind it would keep it out for ever.
     pub fn admit(&mut self) -> Option<Waiting<T>> {

@@ -103,9 +103,12 @@ fn probes_tell_what_the_predictor_tells_a_pass_late_and_change_no_answer() -> an
     let model = model()?;
     let requests = short_requests(0.0);
     let want = alone(&mut engine(&model, 4096)?, &requests)?;
-    // Room for all, and for two at most.
-    for (cache_tokens, at_least) in [(4096, 8), (64, 4)] {
-        let prober = HeadProber::new(&model, &requests)?;
+    // Room for all, and for two at most; an adapter that begins with the question has each request wait for its probe.
+    for (cache_tokens, activated, at_least) in [(4096, false, 8), (64, false, 4), (4096, true, 8), (64, true, 8)] {
+        let prober = match activated {
+            true => HeadProber::activated(&model, &requests)?,
+            false => HeadProber::new(&model, &requests)?,
+        };
         let (got, _) = run_probed(&mut emulated(&model, cache_tokens)?, &requests, 14, probed_by(&prober))?;
         assert_eq!(got, want, "{cache_tokens} tokens of cache");
         prober.check(&model, at_least)?;

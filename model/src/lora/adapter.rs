@@ -102,21 +102,6 @@ impl Adapter {
         &self.config
     }
 
-    /// The first of `tokens`, a whole sequence so far, that it changes: where its invocation tokens stand for the last time,
-    /// and `usize::MAX` where they do not; 0 of an adapter that changes all.
-    pub fn active_from(&self, tokens: &[u32]) -> usize {
-        match self.config.invocation_tokens.as_slice() {
-            [] => 0,
-            invocation => {
-                let places = tokens.windows(invocation.len());
-                places
-                    .rev()
-                    .position(|place| place == invocation)
-                    .map_or(usize::MAX, |from_end| tokens.len() - invocation.len() - from_end)
-            }
-        }
-    }
-
     /// Every factor under PEFT's name for it, in the order of the names.
     pub fn tensors(&self) -> BTreeMap<String, Tensor> {
         let mut tensors = BTreeMap::new();

@@ -155,6 +155,18 @@ impl LoraConfig {
         let r = self.r as f64;
         self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
     }
+
+    /// The first of `tokens`, a whole sequence so far, that the adapter changes: where its invocation tokens stand for the last
+    /// time, and `usize::MAX` where they do not; 0 of an adapter without.
+    pub fn active_from(&self, tokens: &[u32]) -> usize {
+        match self.invocation_tokens.as_slice() {
+            [] => 0,
+            invocation => {
+                let mut places = tokens.windows(invocation.len());
+                places.rposition(|place| place == invocation).unwrap_or(usize::MAX)
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -170,6 +182,19 @@ mod tests {
             ..LoraConfig::default()
         };
         assert_eq!(stabilised.scale(), 4.0);
+    }
+
+    #[test]
+    fn an_adapter_begins_at_the_last_place_of_its_invocation_tokens() {
+        let config = |tokens: &[u32]| LoraConfig {
+            invocation_tokens: tokens.to_vec(),
+            ..LoraConfig::default()
+        };
+        assert_eq!(config(&[]).active_from(&[4, 5]), 0);
+        assert_eq!(config(&[4, 5]).active_from(&[4, 5, 6, 4, 5, 4]), 3);
+        assert_eq!(config(&[4, 5]).active_from(&[4, 5]), 0);
+        assert_eq!(config(&[4, 5]).active_from(&[4]), usize::MAX);
+        assert_eq!(config(&[4, 5]).active_from(&[5, 4, 6]), usize::MAX);
     }
 
     #[test]

@@ -40,7 +40,7 @@ fn run_with(
                 tokens: &prompts[i][done[i]..end],
                 start: done[i],
                 table: &tables[i],
-                adapted_from: adapter.map_or(0, |a| a.active_from(prompts[i]).saturating_sub(done[i])),
+                adapted_from: adapter.map_or(0, |a| a.config().active_from(prompts[i]).saturating_sub(done[i])),
             });
             who.push((i, end));
         }
@@ -180,7 +180,7 @@ fn check_invocation(llama: &Llama, tolerance: f32) -> anyhow::Result<()> {
     // Twice, the second time from place 10 on; and a sequence without.
     let twice = [&prompt[..10], &[20, 21, 4]].concat();
     for (tokens, from) in [(prompt, 6), (&twice, 10), (PROMPTS[2], usize::MAX)] {
-        assert_eq!(activated.active_from(tokens), from);
+        assert_eq!(activated.config().active_from(tokens), from);
         let (mut cache, mut table) = (KvCache::new(llama, 64)?, BlockTable::default());
         assert!(cache.reserve(&mut table, tokens.len()));
         let (before, behind) = tokens.split_at(from.min(tokens.len()));

@@ -245,7 +245,7 @@ impl<'a> TrainPass<'a> {
     /// The rows that the adapter changes, where that is not all.
     fn adapted_rows(&self, sequences: &[&[u32]], read: &[u32]) -> Option<AdaptedRows> {
         let adapter = self.adapter?;
-        let sequences = sequences.iter().map(|s| (s.len(), adapter.active_from(s)));
+        let sequences = sequences.iter().map(|s| (s.len(), adapter.config().active_from(s)));
         AdaptedRows::new(sequences, read.iter().map(|&row| row as usize))
     }
 

@@ -74,7 +74,7 @@ impl Data {
         train: &[TrainExample],
         eval: &[TrainExample],
     ) -> Result<Self, LoraTrainingError> {
-        let (eval, mut train) = (encode(run, eval)?, encode(run, train)?);
+        let (eval, mut train) = (encode(run, config, eval)?, encode(run, config, train)?);
         let held_out = match &config.objective {
             TrainObjective::Head(head) if eval.is_empty() => held_out(head, train.len()),
             _ => 0,
@@ -109,12 +109,19 @@ fn held_out(head: &HeadObjective, examples: usize) -> usize {
     }
 }
 
-fn encode(run: &TrainRun, examples: &[TrainExample]) -> Result<Vec<Encoded>, LoraTrainingError> {
+fn encode(
+    run: &TrainRun,
+    config: &LoraTrainingConfig,
+    examples: &[TrainExample],
+) -> Result<Vec<Encoded>, LoraTrainingError> {
     let max = run.model.network.config().max_position_embeddings;
     let encode = |(index, example): (usize, &TrainExample)| {
         let encoded = Encoded::new(run, index, example)?;
         match encoded.tokens().len() {
             got if got > max => Err(LoraTrainingError::ExampleTooLong { index, got, max }),
+            _ if config.lora.active_from(encoded.tokens()) == usize::MAX => {
+                Err(LoraTrainingError::NotInvoked { index })
+            }
             _ => Ok(encoded),
         }
     };

@@ -1,5 +1,6 @@
 //! LoRA fine-tuning: a frozen model, an adapter, and prompts with their answers or the lengths of those.
 
+mod activation;
 mod calibrate;
 mod checkpoint;
 mod curve;
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::optim::Schedule;
 
+pub use activation::invocation_tokens;
 pub use objective::{HeadObjective, TrainExample, TrainObjective, TrainTarget};
 pub use run::{TrainOutcome, train};
 
@@ -151,6 +153,21 @@ pub enum LoraTrainingError {
         got: usize,
         /// Positions of the model.
         max: usize,
+    },
+    /// Nothing stands behind the instruction, where an adapter could begin.
+    #[error(
+        "the model's template puts nothing behind the instruction, so that an activated adapter has no place to begin: \
+         ask the length question, or train without --alora"
+    )]
+    NoInvocation,
+    /// The adapter would change nothing of an example.
+    #[error(
+        "training example {index} does not hold the adapter's invocation tokens, behind which it begins: leave it out, or \
+         train without --alora"
+    )]
+    NotInvoked {
+        /// Its place in the data, from 0.
+        index: usize,
     },
     /// There are results in the output folder already.
     #[error("{} holds an unfinished run; go on with --resume or choose another folder", path.display())]

@@ -58,15 +58,19 @@ pub enum TrainTarget {
 }
 
 impl TrainObjective {
-    /// A pair as an example of this objective.
-    pub fn example(&self, pair: &Pair) -> TrainExample {
+    /// What is asked behind the instruction.
+    pub fn question(&self) -> &'static str {
         let asks = match self {
             Self::Number => true,
             Self::Head(head) => head.asks_length,
         };
-        let question = if asks { LENGTH_QUESTION } else { "" };
+        if asks { LENGTH_QUESTION } else { "" }
+    }
+
+    /// A pair as an example of this objective.
+    pub fn example(&self, pair: &Pair) -> TrainExample {
         TrainExample {
-            prompt: Prompt::Instruction(format!("{}{question}", pair.instruction)),
+            prompt: Prompt::Instruction(format!("{}{}", pair.instruction, self.question())),
             target: match self {
                 Self::Number => TrainTarget::Answer(pair.label.to_string()),
                 Self::Head(_) => TrainTarget::Lengths(pair.lengths.clone()),
