@@ -13,6 +13,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{Engine, EngineConfig, KvBudget, PredictedRequest, SequenceOutput, SequenceRequest, run_strategy};
 
+mod activated;
 mod cancellation;
 #[cfg(feature = "kernel-emulation")]
 mod emulated;

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::support::{Folder, run, start_server, succeed};
 
-/// A folder with pairs of made-up lengths and a head trained on them for a few steps.
-fn trained() -> Result<Folder> {
+/// A folder with pairs of made-up lengths and a head trained on them for a few steps, with these flags.
+fn trained_with(flags: &[&str]) -> Result<Folder> {
     let folder = Folder::new(40)?;
     let input = folder.read("in.jsonl")?;
     let pair = |(i, line): (usize, &str)| -> Result<String> {
@@ -32,8 +32,12 @@ fn trained() -> Result<Folder> {
         "--epochs",
         "2",
     ];
-    succeed(&[&train[..], &["--data", &data, "--output", &output]].concat())?;
+    succeed(&[&train[..], &["--data", &data, "--output", &output], flags].concat())?;
     Ok(folder)
+}
+
+fn trained() -> Result<Folder> {
+    trained_with(&[])
 }
 
 /// The quantiles of the first prediction: they must ascend.
@@ -90,6 +94,12 @@ fn every_command_uses_the_head_of_an_adapter() -> Result<()> {
 
 /// `generate` with the head of `folder` and these flags: the answers, and what was predicted of each.
 fn answers(folder: &Folder, name: &str, flags: &[&str]) -> Result<(Vec<Value>, Vec<Option<u64>>)> {
+    let (answers, predicted, _) = answers_and_log(folder, name, flags)?;
+    Ok((answers, predicted))
+}
+
+/// As [`answers`], with what was logged.
+fn answers_and_log(folder: &Folder, name: &str, flags: &[&str]) -> Result<(Vec<Value>, Vec<Option<u64>>, String)> {
     let (input, output, head) = (folder.text("in.jsonl"), folder.text(name), folder.text("head"));
     let files = [
         "generate",
@@ -116,7 +126,33 @@ fn answers(folder: &Folder, name: &str, flags: &[&str]) -> Result<(Vec<Value>, V
         predicted.push(value["predicted_max_tokens"].take().as_u64());
         answers.push(value);
     }
-    Ok((answers, predicted))
+    Ok((answers, predicted, run.stderr))
+}
+
+#[test]
+fn an_activated_adapter_predicts_from_a_few_tokens_what_it_predicts_from_all() -> Result<()> {
+    let folder = trained_with(&["--alora"])?;
+    let config: Value = serde_json::from_str(&folder.read("head/adapter_config.json")?)?;
+    let invocation = config["alora_invocation_tokens"]
+        .as_array()
+        .context("PEFT's key")?
+        .len();
+    assert!(invocation > 0);
+    let (want, before) = answers(&folder, "before.jsonl", &["--order", "ljf", "--batch-size", "4"])?;
+    for cache in ["65536", "256"] {
+        let flags = ["--order", "fcfs", "--batch-size", "4", "--kv-cache-tokens", cache];
+        let (got, predicted, log) = answers_and_log(&folder, &format!("{cache}.jsonl"), &flags)?;
+        assert_eq!(got, want, "{cache} tokens of cache");
+        assert_eq!(predicted, before, "{cache} tokens of cache");
+        if cache == "65536" {
+            let tokens = format!(
+                "40 of 40 lengths were predicted in the decoder's passes, from {} tokens",
+                40 * invocation
+            );
+            assert!(log.contains(&tokens), "{log}");
+        }
+    }
+    Ok(())
 }
 
 #[test]

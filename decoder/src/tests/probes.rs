@@ -25,6 +25,17 @@ fn wave(shape: (usize, usize), step: f32) -> anyhow::Result<Tensor> {
     Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
 }
 
+/// An adapter that changes what its layers give.
+pub(super) fn adapter_of(model: &Llama, config: LoraConfig) -> anyhow::Result<Adapter> {
+    let adapter = Adapter::init(model.config(), config, 5, &Device::Cpu)?;
+    for (name, tensor) in adapter.tensors() {
+        if name.contains("lora_B") {
+            tensor.slice_set(&wave(tensor.dims2()?, 0.7)?, 0, 0)?;
+        }
+    }
+    Ok(adapter)
+}
+
 impl HeadProber {
     pub fn new(model: &Llama, requests: &[SequenceRequest]) -> anyhow::Result<Self> {
         Self::with_adapter(model, requests, LoraConfig::default())
@@ -40,12 +51,7 @@ impl HeadProber {
     }
 
     fn with_adapter(model: &Llama, requests: &[SequenceRequest], config: LoraConfig) -> anyhow::Result<Self> {
-        let adapter = Adapter::init(model.config(), config, 5, &Device::Cpu)?;
-        for (name, tensor) in adapter.tensors() {
-            if name.contains("lora_B") {
-                tensor.slice_set(&wave(tensor.dims2()?, 0.7)?, 0, 0)?;
-            }
-        }
+        let adapter = adapter_of(model, config)?;
         let config = LengthHeadConfig {
             bins: LengthBins::new(60),
             asks_length: true,
@@ -165,75 +171,6 @@ fn probes_tell_what_the_predictor_tells_and_change_no_answer() -> anyhow::Result
             assert!(stats.probe_tokens >= told as u64, "{} of {told}", stats.probe_tokens);
         }
     }
-    Ok(())
-}
-
-#[test]
-fn an_adapter_that_begins_with_the_question_shares_the_requests_own_prefill() -> anyhow::Result<()> {
-    let model = model()?;
-    for temperature in [0.0, 1.2] {
-        let requests = requests(24, temperature);
-        let want = alone(&mut engine(&model, 4096)?, &requests)?;
-        for (cache, predicted) in [(4096, 1), (4096, 60), (96, 60), (96, 20), (96, 1)] {
-            let prober = HeadProber::activated(&model, &requests)?;
-            let (got, stats) = run_probed(&mut engine(&model, cache)?, &requests, predicted, probed_by(&prober))?;
-            assert_eq!(got, want, "{cache} tokens of cache, temperature {temperature}");
-            // Each waits for its probe, so that all are told; of what the probes took the questions alone come on top, and
-            // the last token of each prompt, behind which the request's first token is drawn as well.
-            prober.check(&model, 24)?;
-            let questions = 24 * 5;
-            match cache {
-                4096 => assert_eq!(stats.probe_tokens, questions),
-                _ => assert!(stats.probe_tokens >= questions, "{} tokens", stats.probe_tokens),
-            }
-        }
-    }
-    Ok(())
-}
-
-#[test]
-fn a_request_goes_on_with_what_its_probe_has_left_unless_that_gave_way() -> anyhow::Result<()> {
-    let model = model()?;
-    let mut requests = requests(3, 0.0);
-    requests.iter_mut().for_each(|request| request.prompt = vec![5; 20]);
-    let prober = HeadProber::activated(&model, &requests)?;
-    let mut cache = KvCache::new(&model, 96)?;
-    let mut probes = Probes::new(Some(&prober));
-    for (number, request) in requests.iter().enumerate() {
-        probes.open(number as u32, &request.id, Some(&request.prompt), 96);
-    }
-    assert!(probes.holds(0) && probes.holds(2));
-    // 24 tokens each, two blocks; 19 of them, two blocks, are kept.
-    probes.reserve(&mut cache, 48);
-    assert_eq!(probes.advance(&mut cache), (48, vec![0, 1]));
-    assert_eq!(cache.free_tokens(), 32);
-    assert!(probes.landed(0) && probes.landed(1) && !probes.holds(1));
-    probes.reserve(&mut cache, 48);
-    assert_eq!(probes.advance(&mut cache), (24, vec![2]));
-    assert_eq!(cache.free_tokens(), 0);
-    // The last first; what is left is the request's.
-    assert!(probes.give_way(&mut cache) && cache.free_tokens() == 32);
-    let (table, tokens) = probes.admitted(0).expect("its probe has been through");
-    assert_eq!((table.capacity(), tokens), (32, 19));
-    cache.release(table);
-    assert!(probes.admitted(2).is_none());
-    probes.drop(1, &mut cache);
-    assert_eq!(cache.free_tokens(), 96);
-    // A probe that has no room takes it from those behind it, and from none before it.
-    let mut probes = Probes::new(Some(&prober));
-    probes.open(1, &requests[1].id, Some(&requests[1].prompt), 96);
-    probes.reserve(&mut cache, 48);
-    assert_eq!(probes.advance(&mut cache), (24, vec![1]));
-    let mut held = lengthwise_model::BlockTable::default();
-    assert!(cache.reserve(&mut held, 64));
-    probes.open(2, &requests[2].id, Some(&requests[2].prompt), 96);
-    probes.reserve(&mut cache, 48);
-    assert_eq!(probes.advance(&mut cache), (0, vec![]));
-    probes.drop(2, &mut cache);
-    probes.open(0, &requests[0].id, Some(&requests[0].prompt), 96);
-    probes.reserve(&mut cache, 48);
-    assert_eq!(probes.advance(&mut cache), (24, vec![0]));
-    assert!(probes.admitted(1).is_none());
     Ok(())
 }
 
