@@ -6,6 +6,7 @@ mod cost;
 mod device;
 mod error;
 mod history;
+mod in_passes;
 mod inputs;
 mod interrupt;
 mod logging;

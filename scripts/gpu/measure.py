@@ -53,7 +53,10 @@ def parts(args: argparse.Namespace) -> list[Part]:
     def continuous(slots: int, requests: int) -> list[str]:
         return [*bench, "--strategy", "continuous", "--batch-size", str(slots), "--num", str(requests)]
 
+    # As long prompts and answers in the order of arrival, predicted in the passes that answer them and not predicted.
+    in_order = [*continuous(most, many), "--order", "fcfs"]
     train = [lengthwise, "train", *common, "--dtype", dtype, "--data", str(pairs), "--output", str(adapter)]
+    train += ["--objective", "head", "--alora"]
     evaluate = [lengthwise, "eval", *common, "--adapter", str(adapter), "--data"]
     trained = [python, str(HERE.parent / "bench_train.py"), str(TINY.parent if args.dry else args.models)]
     trained += ["--lengthwise", lengthwise, "--models-used", "tiny" if args.dry else "7b", "--device", device]
@@ -81,6 +84,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("adapter", 60, [*train, "--max-steps", "1", "--batch-size", "4"], [*made, "pairs"]),
         Part("predict_1", 40, [*evaluate, str(pairs) + ".1"], ["adapter"]),
         Part("predict_all", 60, [*evaluate, str(pairs)], ["adapter"]),
+        Part("in_order", 60, in_order, made),
+        Part("in_passes", 60, [*in_order, "--adapter", str(adapter)], ["adapter"]),
         Part("train", 90, [*trained, "--engines", "lengthwise"], made),
         Part("train_peft", 60, [*trained, "--engines", "peft"], made),
         Part("train_checkpointing", 90, [*trained, "--engines", "checkpointing"], made),

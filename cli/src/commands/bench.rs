@@ -4,13 +4,15 @@ mod predict;
 mod workload;
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
 use lengthwise_core::LengthEstimate;
-use lengthwise_decoder::{LocalDecoder, PredictedRequest, SequenceRequest, run_strategy};
+use lengthwise_decoder::{
+    Controls, LocalDecoder, PredictedRequest, Prober, SequenceRequest, run_controlled, run_strategy,
+};
 use lengthwise_model::LoadedModel;
 use lengthwise_scheduler::{CostModel, Planning, ScheduleConfig, Strategy, StrategyReport, StrategyRow};
 use lengthwise_train::files::write_atomic;
@@ -18,6 +20,7 @@ use lengthwise_train::files::write_atomic;
 use crate::args::{Global, QuantizeArgs};
 use crate::cost::cost_model;
 use crate::history::History;
+use crate::in_passes::{Asked, InPasses};
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::{print, print_json};
 use crate::predictions::{Distributions, PredictionArgs, distributions, parse_noise, scheduled_length};
@@ -25,7 +28,7 @@ use crate::progress::{Bar, rate};
 use crate::slots;
 use crate::sweep::SweepArgs;
 use crate::table::Table;
-use predict::{predict, predictor};
+use predict::{in_passes, predict, predictor};
 use workload::{Workload, check_sizes, exported, workload};
 
 /// Flags of `bench`.
@@ -149,13 +152,32 @@ impl Bench<'_> {
             if args.sweep.timeline {
                 decoder.engine().record_timeline();
             }
-            let row = time_strategy(decoder, &workload.sequences, &predicted, &config, seconds)?;
+            let in_passes = in_passes(args, strategy)
+                .map(|folder| self.in_passes(folder))
+                .transpose()?;
+            let lengths = Lengths {
+                predicted: &predicted,
+                seconds,
+                in_passes: in_passes.as_ref(),
+            };
+            let row = time_strategy(decoder, &workload.sequences, &lengths, &config)?;
             rows.push(StrategyRow {
                 timeline: decoder.engine().take_timeline(),
                 ..row
             });
         }
         Ok(rows)
+    }
+
+    /// The head that predicts in the passes of one run.
+    fn in_passes(&self, folder: &Path) -> anyhow::Result<InPasses<'_>> {
+        let Self { args, workload, .. } = self;
+        let asked = workload.sequences.iter().enumerate().map(|(i, sequence)| {
+            let prompt = workload.prompts.as_ref().map(|prompts| Asked::Prompt(&prompts[i]));
+            (&sequence.id, prompt.unwrap_or(Asked::Tokens(&sequence.prompt)))
+        });
+        let (cap, admit) = (args.schedule.max_new_tokens, args.predictions.admit_quantile);
+        InPasses::open(&self.model, folder, asked, cap, admit)
     }
 }
 
@@ -197,15 +219,24 @@ fn warm_up(decoder: &mut LocalDecoder, workload: &Workload) -> anyhow::Result<()
     Ok(())
 }
 
-/// Times one strategy; `seconds` were spent on its predictions before.
+/// What a timed strategy knows of the lengths.
+pub struct Lengths<'a> {
+    /// By which it schedules, one per request.
+    pub predicted: &'a [u32],
+    /// That were spent on them before.
+    pub seconds: f64,
+    /// What tells more of them on the way.
+    pub in_passes: Option<&'a InPasses<'a>>,
+}
+
+/// Times one strategy, with what was spent on its predictions.
 pub fn time_strategy(
     decoder: &mut LocalDecoder,
     sequences: &[SequenceRequest],
-    predicted: &[u32],
+    lengths: &Lengths,
     config: &ScheduleConfig,
-    seconds: f64,
 ) -> anyhow::Result<StrategyRow> {
-    let both = sequences.iter().zip(predicted);
+    let both = sequences.iter().zip(lengths.predicted);
     let requests = both
         .map(|(request, &predicted)| PredictedRequest {
             request: request.clone(),
@@ -216,12 +247,19 @@ pub fn time_strategy(
     let mut bar = Bar::new(&name, sequences.len() as u64);
     let (mut done, mut tokens) = (0, 0);
     let began = Instant::now();
-    let stats = run_strategy(decoder.engine(), requests, config, &mut |output| {
+    let controls = Controls {
+        prober: lengths.in_passes.map(|in_passes| in_passes as &dyn Prober),
+        ..Controls::default()
+    };
+    let stats = run_controlled(decoder.engine(), requests, config, controls, &mut |output| {
         (done, tokens) = (done + 1, tokens + output.tokens.len() as u64);
         bar.set(done, |elapsed| format!("{:.0} tokens/s", rate(tokens, elapsed)));
         Ok(())
     })?;
-    let seconds = seconds + began.elapsed().as_secs_f64();
+    let seconds = lengths.seconds + began.elapsed().as_secs_f64();
     bar.finish();
+    if let Some(in_passes) = lengths.in_passes {
+        in_passes.report(stats.probe_tokens);
+    }
     Ok(stats.row(config, Some(seconds)))
 }

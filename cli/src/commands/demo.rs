@@ -22,7 +22,7 @@ use lengthwise_train::language::{Split, instructions};
 use lengthwise_train::lora_training::{HeadObjective, LoraTrainingConfig, TrainObjective};
 use lengthwise_train::{LabelTarget, PredictorRow, label};
 
-use super::bench::time_strategy;
+use super::bench::{Lengths, time_strategy};
 use super::collect::collect_with_bar;
 use super::eval::{measure, median};
 use super::train::train_with_bar;
@@ -262,7 +262,12 @@ impl Demo<'_> {
                 ..ScheduleConfig::new(strategy)
             }
             .with(true, true);
-            rows.push(time_strategy(&mut decoder, &sequences, &predicted, &config, seconds)?);
+            let lengths = Lengths {
+                predicted: &predicted,
+                seconds,
+                in_passes: None,
+            };
+            rows.push(time_strategy(&mut decoder, &sequences, &lengths, &config)?);
         }
         server.stop()?;
         Ok(rows)

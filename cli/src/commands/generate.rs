@@ -1,7 +1,5 @@
 //! `generate`: answer every request of a file.
 
-mod in_passes;
-
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +15,7 @@ use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, r
 use crate::args::{Global, QuantizeArgs};
 use crate::cost::cost_model;
 use crate::history::History;
+use crate::in_passes::{self, Asked, InPasses};
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::interrupt::Interrupt;
 use crate::output::print_json;
@@ -24,7 +23,6 @@ use crate::predictions::{
     CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
 use crate::progress::{Bar, rate};
-use in_passes::InPasses;
 
 /// Flags of `generate`.
 #[derive(Args)]
@@ -94,8 +92,10 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             let planning = history.planning(cost, distributions, args.schedule.max_new_tokens, global.seed)?;
             config = schedule(args, Some(&planning))?;
         }
-        let in_passes = in_passes::folder(args)
-            .map(|folder| InPasses::open(decoder.model(), folder, &waiting, args))
+        let asked = waiting.iter().map(|r| (&r.id, Asked::Prompt(&r.prompt)));
+        let (cap, admit) = (args.schedule.max_new_tokens, args.predictions.admit_quantile);
+        let in_passes = in_passes::folder(&args.predictions, &args.schedule, args.strategy)
+            .map(|folder| InPasses::open(decoder.model(), folder, asked, cap, admit))
             .transpose()?;
         let mut keep = |id, line: String| {
             journal.push(&line).map_err(DecodeError::sink)?;
@@ -176,7 +176,7 @@ fn requests(
     };
     // Every request is checked before the first is predicted or decoded.
     let sequences = records.iter().map(request).collect::<Result<Vec<_>, _>>()?;
-    let predictor = match in_passes::folder(args) {
+    let predictor = match in_passes::folder(&args.predictions, &args.schedule, args.strategy) {
         // By the cap, until the passes have told more.
         Some(_) => None,
         None => predictor_for(args.strategy, &args.predictions, decoder.model(), cap)?,
@@ -268,8 +268,7 @@ impl Decoding<'_> {
         bar.finish();
         let stats = stats?;
         if let Some(in_passes) = self.in_passes {
-            let (count, of, tokens) = (in_passes.count(), self.records.len(), stats.probe_tokens);
-            tracing::info!("{count} of {of} lengths were predicted in the decoder's passes, from {tokens} tokens");
+            in_passes.report(stats.probe_tokens);
         }
         Ok(stats)
     }

@@ -1,5 +1,7 @@
 //! Which rows of a pass an adapter changes.
 
+use std::ops::Range;
+
 use candle_core::{Device, Result, Tensor};
 
 /// The rows of a pass that an adapter changes, where that is not all of them.
@@ -36,6 +38,16 @@ impl AdaptedRows {
     /// Of `rows` rows, which are all or those that are read.
     fn among(&self, rows: usize) -> &[bool] {
         if rows == self.all.len() { &self.all } else { &self.read }
+    }
+
+    /// The rows that it changes of `rows` rows, which are all or those that are read.
+    pub fn runs(&self, rows: usize) -> Vec<Range<usize>> {
+        let mut row = 0;
+        let runs = self.among(rows).chunk_by(|a, b| a == b).map(|run| {
+            row += run.len();
+            (run[0], row - run.len()..row)
+        });
+        runs.filter(|(adapted, _)| *adapted).map(|(_, run)| run).collect()
     }
 
     /// Empties the rows of `low` (`[rows, rank]`) that it does not change.
@@ -81,5 +93,26 @@ impl RowMask {
             &self.read
         };
         x.broadcast_mul(&mask.to_dtype(x.dtype())?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rows_of_each_sequence_from_its_own_first_on() {
+        // Three tokens from the second on, two without, one with.
+        let sequences = [(3, 1), (2, usize::MAX), (1, 0)];
+        let rows = AdaptedRows::new(sequences.into_iter(), [0, 4, 5].into_iter()).expect("some are without");
+        assert_eq!(rows.runs(6), [1..3, 5..6]);
+        assert_eq!(rows.runs(3), [2..3], "of those that are read");
+        let mut low: Vec<f32> = (1..=12).map(|i| i as f32).collect();
+        rows.keep(&mut low, 2);
+        assert_eq!(low, [0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 11.0, 12.0]);
+        assert!(
+            AdaptedRows::new([(3, 0)].into_iter(), [2].into_iter()).is_none(),
+            "all are with"
+        );
     }
 }

@@ -1,5 +1,7 @@
 //! What `bench` schedules by: known lengths, disturbed ones, a file, or a predictor.
 
+use std::path::Path;
+
 use anyhow::Context;
 use lengthwise_core::{LengthEstimate, LengthPredictor, RequestId};
 use lengthwise_model::LoadedModel;
@@ -8,7 +10,13 @@ use lengthwise_scheduler::Strategy;
 use super::BenchArgs;
 use super::workload::Workload;
 use crate::args::Global;
+use crate::in_passes;
 use crate::predictions::{ask, disturb, from_file, numbers, predictor_for};
+
+/// The folder of the head that predicts a strategy's lengths in the decoder's passes.
+pub fn in_passes(args: &BenchArgs, strategy: Strategy) -> Option<&Path> {
+    in_passes::folder(&args.predictions, &args.schedule, strategy).filter(|_| args.noise_mae.is_none())
+}
 
 /// The predictor that one strategy asks; none where its predictions are known. Opened before the clock runs.
 pub fn predictor(
@@ -18,6 +26,9 @@ pub fn predictor(
     strategy: Strategy,
 ) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
     let source = &args.predictions;
+    if in_passes(args, strategy).is_some() {
+        return Ok(None);
+    }
     let asks = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
     let known = match strategy {
         Strategy::Vanilla => true,
@@ -42,6 +53,10 @@ pub fn predict(
     let cap = args.schedule.max_new_tokens;
     let known = workload.largest.as_ref();
     let at_cap = || numbers(vec![cap; workload.sequences.len()]);
+    if in_passes(args, strategy).is_some() {
+        // Until the passes have told more.
+        return Ok(at_cap());
+    }
     if let (Some(predictor), Some(prompts)) = (predictor, &workload.prompts) {
         return ask(predictor.as_mut(), prompts, cap);
     }

@@ -98,15 +98,19 @@ impl Layer<'_> {
             return Ok(());
         };
         let pair = pair.packed()?;
-        let (rank, inputs) = pair.a.shape();
-        low.resize(x.len() / inputs * rank, 0.0);
-        multiply_into(&pair.a, x, low, false, None);
-        if let Some(rows) = self.pass.adapted {
-            rows.keep(low, rank);
+        let ((rank, inputs), outputs) = (pair.a.shape(), pair.b.shape().0);
+        let (rows, scale) = (x.len() / inputs, adapter.config().scale() as f32);
+        let runs = self.pass.adapted.map(|adapted| adapted.runs(rows));
+        for run in runs.unwrap_or_else(|| vec![0..rows]) {
+            let (x, sum) = (
+                &x[run.start * inputs..run.end * inputs],
+                &mut sum[run.start * outputs..run.end * outputs],
+            );
+            low.resize(run.len() * rank, 0.0);
+            multiply_into(&pair.a, x, low, false, None);
+            low.iter_mut().for_each(|v| *v *= scale);
+            multiply_into(&pair.b, low, sum, true, None);
         }
-        let scale = adapter.config().scale() as f32;
-        low.iter_mut().for_each(|v| *v *= scale);
-        multiply_into(&pair.b, low, sum, true, None);
         Ok(())
     }
 }

@@ -5,30 +5,36 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::Device;
-use lengthwise_core::{PredictInput, RequestId};
+use lengthwise_core::{PredictInput, Prompt, RequestId};
 use lengthwise_decoder::Prober;
 use lengthwise_model::{Adapter, LengthHead, LoadedModel};
 use lengthwise_predictor::HeadPredictor;
 use lengthwise_scheduler::{AdmissionOrder, Strategy};
-use lengthwise_train::files::InstructionRecord;
 
-use super::GenerateArgs;
-use crate::predictions::{head_predictor, predicted, scheduled_length};
+use crate::inputs::ScheduleArgs;
+use crate::predictions::{PredictionArgs, head_predictor, predicted, scheduled_length};
 
 /// The adapter's folder, where the decoder's passes can predict: in the order of arrival a request's length is needed when
 /// its turn comes and not before, and a head takes one prefill, which any pass has room for.
-pub fn folder(args: &GenerateArgs) -> Option<&Path> {
-    let source = &args.predictions;
-    let in_order = args.strategy == Strategy::Continuous && args.schedule.order == AdmissionOrder::FirstCome;
+pub fn folder<'a>(source: &'a PredictionArgs, schedule: &ScheduleArgs, strategy: Strategy) -> Option<&'a Path> {
+    let in_order = strategy == Strategy::Continuous && schedule.order == AdmissionOrder::FirstCome;
     let elsewhere = source.predictor.is_some() || source.predictions.is_some();
     let folder = source.adapter.as_deref().filter(|_| in_order && !elsewhere)?;
     LengthHead::is_in(folder).then_some(folder)
 }
 
+/// What a head is asked about.
+#[derive(Clone, Copy)]
+pub enum Asked<'a> {
+    Prompt(&'a Prompt),
+    /// Random tokens, to be timed: what an adapter begins behind is put behind them.
+    Tokens(&'a [u32]),
+}
+
 /// A length head, with the requests that it is asked about.
 pub struct InPasses<'a> {
     head: HeadPredictor,
-    records: HashMap<&'a RequestId, &'a InstructionRecord>,
+    requests: HashMap<&'a RequestId, Asked<'a>>,
     cap: u32,
     admit_quantile: f64,
     /// The largest length expected of every request that has been predicted.
@@ -37,17 +43,20 @@ pub struct InPasses<'a> {
 
 impl<'a> InPasses<'a> {
     /// The head of `folder`. It is read on the CPU: on a GPU its product would wait for the pass that is in flight.
+    ///
+    /// - `cap`: of an answer, in tokens
     pub fn open(
         model: &LoadedModel,
         folder: &Path,
-        records: &[&'a InstructionRecord],
-        args: &GenerateArgs,
+        requests: impl Iterator<Item = (&'a RequestId, Asked<'a>)>,
+        cap: u32,
+        admit_quantile: f64,
     ) -> anyhow::Result<Self> {
         Ok(Self {
             head: head_predictor(model, folder, &Device::Cpu)?,
-            records: records.iter().map(|record| (&record.id, *record)).collect(),
-            cap: args.schedule.max_new_tokens,
-            admit_quantile: args.predictions.admit_quantile,
+            requests: requests.collect(),
+            cap,
+            admit_quantile,
             largest: RefCell::default(),
         })
     }
@@ -57,9 +66,10 @@ impl<'a> InPasses<'a> {
         self.largest.borrow().get(id).copied()
     }
 
-    /// How many requests have been predicted.
-    pub fn count(&self) -> usize {
-        self.largest.borrow().len()
+    /// Says how many requests have been predicted, from `tokens` tokens.
+    pub fn report(&self, tokens: u64) {
+        let (count, of) = (self.largest.borrow().len(), self.requests.len());
+        tracing::info!("{count} of {of} lengths were predicted in the decoder's passes, from {tokens} tokens");
     }
 }
 
@@ -69,11 +79,16 @@ impl Prober for InPasses<'_> {
     }
 
     fn prompt(&self, id: &RequestId) -> Option<Vec<u32>> {
-        let input = PredictInput {
-            prompt: self.records.get(id)?.prompt.clone(),
-            max_new_tokens: self.cap,
-        };
-        predicted(self.head.tokens(&input), self.cap)
+        match self.requests.get(id)? {
+            Asked::Prompt(prompt) => {
+                let input = PredictInput {
+                    prompt: (*prompt).clone(),
+                    max_new_tokens: self.cap,
+                };
+                predicted(self.head.tokens(&input), self.cap)
+            }
+            Asked::Tokens(tokens) => Some([tokens, &self.adapter().config().invocation_tokens[..]].concat()),
+        }
     }
 
     fn length(&self, id: &RequestId, hidden: &[f32]) -> Option<u32> {
