@@ -15,13 +15,16 @@ use crate::progress::Bar;
 
 /// Batch sizes and contexts that are measured: enough to tell the terms apart, rows from cached tokens and few from many of
 /// each, few enough for a minute or so.
-const POINTS: [(usize, usize); 10] = [
+const POINTS: [(usize, usize); 13] = [
     (1, 32),
     (1, 512),
     (4, 128),
     (8, 32),
+    (8, 128),
+    (8, 256),
     (16, 32),
     (16, 128),
+    (16, 256),
     (16, 512),
     (32, 96),
     (64, 32),

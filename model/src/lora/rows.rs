@@ -17,7 +17,7 @@ impl AdaptedRows {
     /// `None` where it changes all.
     ///
     /// - `sequences`: of each in the pass its tokens, and the first that the adapter changes
-    /// - `read`: packed rows
+    /// - `read`: packed rows, ascending
     pub fn new(sequences: impl Iterator<Item = (usize, usize)>, read: impl Iterator<Item = usize>) -> Option<Self> {
         let all: Vec<bool> = sequences
             .flat_map(|(tokens, from)| (0..tokens).map(move |token| token >= from))
