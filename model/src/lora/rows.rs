@@ -106,7 +106,8 @@ mod tests {
         let sequences = [(3, 1), (2, usize::MAX), (1, 0)];
         let rows = AdaptedRows::new(sequences.into_iter(), [0, 4, 5].into_iter()).expect("some are without");
         assert_eq!(rows.runs(6), [1..3, 5..6]);
-        assert_eq!(rows.runs(3), [2..3], "of those that are read");
+        // The rows 0, 4 and 5, which are read.
+        assert!(rows.runs(3).iter().eq([&(2..3)]));
         let mut low: Vec<f32> = (1..=12).map(|i| i as f32).collect();
         rows.keep(&mut low, 2);
         assert_eq!(low, [0.0, 0.0, 3.0, 4.0, 5.0, 6.0, 0.0, 0.0, 0.0, 0.0, 11.0, 12.0]);

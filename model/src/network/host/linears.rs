@@ -1,5 +1,7 @@
 //! The linear layers of a pass on the CPU path, with their biases and low-rank terms.
 
+use std::iter;
+
 use super::super::block::Block;
 use super::{Layer, by_rows};
 use crate::ModelError;
@@ -101,7 +103,7 @@ impl Layer<'_> {
         let ((rank, inputs), outputs) = (pair.a.shape(), pair.b.shape().0);
         let (rows, scale) = (x.len() / inputs, adapter.config().scale() as f32);
         let runs = self.pass.adapted.map(|adapted| adapted.runs(rows));
-        for run in runs.unwrap_or_else(|| vec![0..rows]) {
+        for run in runs.unwrap_or_else(|| iter::once(0..rows).collect()) {
             let (x, sum) = (
                 &x[run.start * inputs..run.end * inputs],
                 &mut sum[run.start * outputs..run.end * outputs],
