@@ -288,6 +288,9 @@ def main():
         make_model(name, config)
     make_adapter("llama_adapter", 11, target_modules=["q_proj", "v_proj"])
     make_adapter("llama_adapter_all_linear", 12, target_modules="all-linear", use_rslora=True)
+    # It begins within the longest row, and changes nothing of the others.
+    invocation = make_rows(14)[-1][20:22].tolist()
+    make_adapter("llama_adapter_activated", 14, target_modules="all-linear", alora_invocation_tokens=invocation)
     make_training(range(13, 40))
 
 

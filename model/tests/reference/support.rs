@@ -110,6 +110,8 @@ pub struct Running<'a> {
     adapter: Option<&'a Adapter>,
     cache: KvCache,
     rows: Vec<(BlockTable, usize)>,
+    /// The first token of each row that the adapter changes.
+    adapted_from: Vec<usize>,
 }
 
 impl<'a> Running<'a> {
@@ -120,6 +122,7 @@ impl<'a> Running<'a> {
             llama,
             adapter,
             cache,
+            adapted_from: vec![0; rows.len()],
             rows,
         })
     }
@@ -136,7 +139,7 @@ impl<'a> Running<'a> {
                 tokens,
                 start: self.rows[row].1,
                 table: &self.rows[row].0,
-                adapted_from: 0,
+                adapted_from: self.adapted_from[row].saturating_sub(self.rows[row].1),
             })
             .collect();
         let logits = self.llama.forward(&segments, &mut self.cache, self.adapter)?;
@@ -159,6 +162,10 @@ pub fn assert_cached(
     chunks: &[usize],
 ) -> Result<()> {
     let mut running = Running::new(llama, adapter, rows.len())?;
+    if let Some(adapter) = adapter {
+        let from = |&row: &usize| adapter.config().active_from(&reference.rows[row]);
+        running.adapted_from = rows.iter().map(from).collect();
+    }
     let mut done = vec![0; rows.len()];
     while (0..rows.len()).any(|i| done[i] < reference.rows[rows[i]].len()) {
         let mut more = Vec::new();
