@@ -27,7 +27,7 @@ pub fn folder<'a>(source: &'a PredictionArgs, schedule: &ScheduleArgs, strategy:
 #[derive(Clone, Copy)]
 pub enum Asked<'a> {
     Prompt(&'a Prompt),
-    /// Random tokens, to be timed: what an adapter begins behind is put behind them.
+    /// Random tokens, to be timed: those that an adapter begins with are put behind them.
     Tokens(&'a [u32]),
 }
 

@@ -205,8 +205,8 @@ impl KvCache {
     }
 
     /// Takes the blocks of a sequence back.
-    pub fn release(&mut self, table: BlockTable) {
-        self.free.extend(table.blocks.into_iter().rev());
+    pub fn release(&mut self, mut table: BlockTable) {
+        self.shrink(&mut table, 0);
     }
 }
 

@@ -159,12 +159,12 @@ impl Llama {
         }
         pass::check(segments)?;
         let (tokens, positions) = self.pack(segments.iter().map(|s| (s.tokens, s.start)))?;
+        let adapted = adapter.and_then(|_| pass::adapted_rows(segments));
         match &mut cache.store {
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
             Store::Gpu(_) => unreachable!("returned above"),
             Store::Host(host, workspace) => {
                 let spans = host::spans(segments);
-                let adapted = adapter.and_then(|_| pass::adapted_rows(segments));
                 let pass = host::HostPass {
                     tokens: &tokens,
                     spans: &spans,
@@ -175,7 +175,6 @@ impl Llama {
             }
             Store::Tensors { keys, values, normed } => {
                 let rows = pass::cached_rows(segments);
-                let adapted = adapter.and_then(|_| pass::adapted_rows(segments));
                 let pass = Pass {
                     positions,
                     rope: &self.rope,

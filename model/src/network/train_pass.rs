@@ -111,8 +111,10 @@ impl<'a> TrainPass<'a> {
     ) -> Result<(), ModelError> {
         for (layer, (input, dropout)) in checkpoint.layers.iter().enumerate().rev() {
             let x = Var::from_tensor(input)?;
-            let mut pass = self.pass(&checkpoint.positions, &checkpoint.lengths, checkpoint.adapted.clone());
-            pass.dropout = dropout.as_ref();
+            let pass = Pass {
+                dropout: dropout.as_ref(),
+                ..self.pass(&checkpoint.positions, &checkpoint.lengths, checkpoint.adapted.clone())
+            };
             let wanted = self.llama.wanted_of(layer, &checkpoint.wanted);
             let y = self.llama.blocks[layer].forward(x.as_tensor(), layer, &pass, wanted)?;
             // The gradient of Σ y grad, grad a constant, is what the chain rule asks for.
@@ -177,7 +179,6 @@ impl<'a> TrainPass<'a> {
         }
         let top = Var::from_tensor(&x)?;
         let hidden = top.as_tensor().clone();
-        drop(pass);
         checkpoints.borrow_mut().push(Checkpoint {
             positions: packed.positions,
             lengths: packed.lengths,

@@ -162,7 +162,7 @@ pub enum LoraTrainingError {
     NoInvocation,
     /// The adapter would change nothing of an example.
     #[error(
-        "training example {index} does not hold the adapter's invocation tokens, behind which it begins: leave it out, or \
+        "training example {index} does not hold the adapter's invocation tokens, at which it begins: leave it out, or \
          train without --alora"
     )]
     NotInvoked {

@@ -53,10 +53,6 @@ pub fn predict(
     let cap = args.schedule.max_new_tokens;
     let known = workload.largest.as_ref();
     let at_cap = || numbers(vec![cap; workload.sequences.len()]);
-    if in_passes(args, strategy).is_some() {
-        // Until the passes have told more.
-        return Ok(at_cap());
-    }
     if let (Some(predictor), Some(prompts)) = (predictor, &workload.prompts) {
         return ask(predictor.as_mut(), prompts, cap);
     }
@@ -75,7 +71,7 @@ pub fn predict(
     }
     let asks = args.predictions.predictor.is_some() || args.predictions.adapter.is_some() || strategy == Strategy::Po;
     match asks || args.replay.is_none() {
-        // Prompts of random tokens say nothing that could be asked about.
+        // Until the passes have told more; and prompts of random tokens say nothing that could be asked about.
         true => Ok(at_cap()),
         false => Ok(numbers(known.cloned().context("--replay has no lengths")?)),
     }
