@@ -166,6 +166,7 @@ __device__ void merge_splits(T *out, const float *partial, const uint32_t *rows,
         T *out, float *partial, const T *qkv, const T *keys, const T *values, const uint32_t *rows,                    \
         const uint32_t *positions, const uint32_t *sequence, const uint32_t *tables, int table_stride, int heads,      \
         int kv_heads, int head_dim, int lanes, int window, int splits, float scale) {                                  \
+        after_earlier();                                                                                               \
         attend_rows<T, G>(out, partial, qkv, keys, values, rows, positions, sequence, tables, table_stride, heads,     \
                           kv_heads, head_dim, lanes, window, splits, scale);                                           \
     }                                                                                                                  \
@@ -180,6 +181,7 @@ __device__ void merge_splits(T *out, const float *partial, const uint32_t *rows,
     ATTEND_ROWS_KERNEL(suffix, T, 8)                                                                                   \
     extern "C" __global__ void merge_splits_##suffix(T *out, const float *partial, const uint32_t *rows, int heads,    \
                                                      int head_dim, int splits) {                                       \
+        after_earlier();                                                                                               \
         merge_splits<T>(out, partial, rows, heads, head_dim, splits);                                                  \
     }                                                                                                                  \
     REGISTER_KERNEL(merge_splits_##suffix)

@@ -206,6 +206,7 @@ __device__ void attend_tiles_mma(T *out, const T *qkv, const T *keys, const T *v
         T *out, const T *qkv, const T *keys, const T *values, const uint32_t *tile_rows, const uint32_t *tile_counts,  \
         const uint32_t *positions, const uint32_t *sequence, const uint32_t *tables, int table_stride, int heads,      \
         int kv_heads, int window, float scale) {                                                                       \
+        after_earlier();                                                                                               \
         attend_tiles_mma<T, D>(out, qkv, keys, values, tile_rows, tile_counts, positions, sequence, tables,            \
                                table_stride, heads, kv_heads, window, scale);                                          \
     }                                                                                                                  \

@@ -17,6 +17,17 @@
 
 #define FULL_WARP 0xffffffffu
 
+// Waits until the kernels ahead have ended and all that they wrote can be read, then lets the next one begin, whose blocks
+// wait here in turn: so a kernel's start costs nothing where the one ahead leaves room. Every thread of every kernel calls
+// it once, before it touches what another kernel may write.
+__device__ inline void after_earlier() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;\n" ::: "memory");
+#elif !defined(__CUDACC__)
+    emulator::after_earlier();
+#endif
+}
+
 // Defines one extern "C" kernel per element type: M(suffix, T).
 #define FOR_EACH_DTYPE(M) \
     M(f32, float)         \

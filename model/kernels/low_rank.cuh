@@ -79,11 +79,13 @@ __device__ void low_rank_up(T *out, const float *low, const float *b, const floa
 #define LOW_RANK_KERNELS(suffix, T)                                                                                    \
     extern "C" __global__ void low_rank_down_##suffix(float *low, const T *x, const float *a, const float *scale,      \
                                                       int rows, int width, int rank) {                                 \
+        after_earlier();                                                                                               \
         low_rank_down<T>(low, x, a, scale, rows, width, rank);                                                         \
     }                                                                                                                  \
     REGISTER_KERNEL(low_rank_down_##suffix)                                                                            \
     extern "C" __global__ void low_rank_up_##suffix(T *out, const float *low, const float *b, const float *scale,      \
                                                     int rows, int width, int stride, int rank) {                       \
+        after_earlier();                                                                                               \
         low_rank_up<T>(out, low, b, scale, rows, width, stride, rank);                                                 \
     }                                                                                                                  \
     REGISTER_KERNEL(low_rank_up_##suffix)

@@ -27,6 +27,7 @@ __device__ void rms_norm(T *out, const T *x, const T *w, int width, float eps) {
 
 #define NORM_KERNELS(suffix, T)                                                                                \
     extern "C" __global__ void rms_norm_##suffix(T *out, const T *x, const T *w, int width, float eps) {       \
+        after_earlier();                                                                                       \
         rms_norm<T>(out, x, w, width, eps);                                                                    \
     }                                                                                                          \
     REGISTER_KERNEL(rms_norm_##suffix)

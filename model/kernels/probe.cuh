@@ -43,10 +43,12 @@ template <typename T> __device__ void probe_tile(uint32_t *out, const T *from, i
 
 #define PROBE_KERNELS(suffix, T)                                                                                       \
     extern "C" __global__ void probe_product_##suffix(float *d, const uint32_t *a, const uint32_t *b) {                \
+        after_earlier();                                                                                               \
         probe_product<T>(d, a, b);                                                                                     \
     }                                                                                                                  \
     REGISTER_KERNEL(probe_product_##suffix)                                                                            \
     extern "C" __global__ void probe_tile_##suffix(uint32_t *out, const T *from, int row, int column) {                \
+        after_earlier();                                                                                               \
         probe_tile<T>(out, from, row, column);                                                                         \
     }                                                                                                                  \
     REGISTER_KERNEL(probe_tile_##suffix)

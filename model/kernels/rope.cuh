@@ -61,6 +61,7 @@ __device__ void rope_cache(T *qkv, T *keys, T *values, const float *cos, const f
                                                    const uint32_t *positions, const uint32_t *slots, const T *bias,    \
                                                    const T *q_norm, const T *k_norm, int heads, int kv_heads,          \
                                                    int head_dim, float eps) {                                          \
+        after_earlier();                                                                                               \
         rope_cache<T>(qkv, keys, values, cos, sin, positions, slots, bias, q_norm, k_norm, heads, kv_heads, head_dim,  \
                       eps);                                                                                            \
     }                                                                                                                  \

@@ -29,10 +29,12 @@ __device__ void gather_rows(T *out, const T *x, const uint32_t *rows, int width)
 #define ROW_KERNELS(suffix, T)                                                                                         \
     extern "C" __global__ void embed_##suffix(T *out, const T *table, const uint32_t *tokens, const uint32_t *drawn,   \
                                               int width) {                                                             \
+        after_earlier();                                                                                               \
         embed<T>(out, table, tokens, drawn, width);                                                                    \
     }                                                                                                                  \
     REGISTER_KERNEL(embed_##suffix)                                                                                    \
     extern "C" __global__ void gather_rows_##suffix(T *out, const T *x, const uint32_t *rows, int width) {             \
+        after_earlier();                                                                                               \
         gather_rows<T>(out, x, rows, width);                                                                           \
     }                                                                                                                  \
     REGISTER_KERNEL(gather_rows_##suffix)

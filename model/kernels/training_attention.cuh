@@ -259,6 +259,7 @@ __device__ void packed_grad_keys(const PackedInputs<T> in, T *dk, T *dv, const T
 #define PACKED_KERNELS_OF(suffix, T, D, WAY)                                                                           \
     extern "C" __global__ void __launch_bounds__(PACKED_THREADS)                                                       \
         packed_forward_##suffix##_d##D(PACKED_INPUTS(T), T *out, float *log_sums) {                                    \
+        after_earlier();                                                                                               \
         packed_forward##WAY<T, D>({q, k, v, tiles, query_positions, positions, heads, kv_heads, k_stride, kv_stride,   \
                                    window, scale},                                                                     \
                                   out, log_sums);                                                                      \
@@ -267,6 +268,7 @@ __device__ void packed_grad_keys(const PackedInputs<T> in, T *dk, T *dv, const T
     extern "C" __global__ void __launch_bounds__(PACKED_THREADS)                                                       \
         packed_grad_queries_##suffix##_d##D(PACKED_INPUTS(T), T *dq, const T *grad, const float *log_sums,             \
                                             const float *deltas) {                                                     \
+        after_earlier();                                                                                               \
         packed_grad_queries##WAY<T, D>({q, k, v, tiles, query_positions, positions, heads, kv_heads, k_stride,         \
                                         kv_stride, window, scale},                                                     \
                                        dq, grad, log_sums, deltas);                                                    \
@@ -275,6 +277,7 @@ __device__ void packed_grad_keys(const PackedInputs<T> in, T *dk, T *dv, const T
     extern "C" __global__ void __launch_bounds__(PACKED_THREADS)                                                       \
         packed_grad_keys_##suffix##_d##D(PACKED_INPUTS(T), T *dk, T *dv, const T *grad, const float *log_sums,         \
                                          const float *deltas) {                                                        \
+        after_earlier();                                                                                               \
         packed_grad_keys##WAY<T, D>({q, k, v, tiles, query_positions, positions, heads, kv_heads, k_stride, kv_stride, \
                                      window, scale},                                                                   \
                                     dk, dv, grad, log_sums, deltas);                                                   \
@@ -297,6 +300,7 @@ PACKED_KERNELS_OF(f32, float, 12, )
 #define PACKED_DELTAS(suffix, T)                                                                                       \
     extern "C" __global__ void packed_deltas_##suffix(float *deltas, const T *grad, const T *out, int heads,           \
                                                       int head_dim) {                                                  \
+        after_earlier();                                                                                               \
         packed_deltas<T>(deltas, grad, out, heads, head_dim);                                                          \
     }                                                                                                                  \
     REGISTER_KERNEL(packed_deltas_##suffix)

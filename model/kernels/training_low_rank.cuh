@@ -143,6 +143,7 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
     extern "C" __global__ void term_down_##suffix(float *low, const T *x, const float *m, int rows, int width,         \
                                                   int x_stride, int rank, int step_k, int step_i, const float *scales, \
                                                   int seed_low, int seed_high, int threshold, float drop_scale) {      \
+        after_earlier();                                                                                               \
         term_down<T>(low, x, m, rows, width, x_stride, rank, step_k, step_i, scales,                                   \
                      drop_of(seed_low, seed_high, threshold, drop_scale));                                             \
     }                                                                                                                  \
@@ -150,6 +151,7 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
     extern "C" __global__ void term_up_##suffix(T *out, const float *low, const float *m, int rows, int width,         \
                                                 int out_stride, int rank, int step_k, int step_i, int seed_low,        \
                                                 int seed_high, int threshold, float drop_scale) {                      \
+        after_earlier();                                                                                               \
         term_up<T>(out, low, m, rows, width, out_stride, rank, step_k, step_i,                                         \
                    drop_of(seed_low, seed_high, threshold, drop_scale));                                               \
     }                                                                                                                  \
@@ -157,6 +159,7 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
     extern "C" __global__ void term_outer_##suffix(float *parts, const T *wide, const float *low, int rows, int width, \
                                                    int stride, int rank, int seed_low, int seed_high, int threshold,   \
                                                    float drop_scale) {                                                 \
+        after_earlier();                                                                                               \
         term_outer<T>(parts, wide, low, rows, width, stride, rank,                                                     \
                       drop_of(seed_low, seed_high, threshold, drop_scale));                                            \
     }                                                                                                                  \
@@ -166,6 +169,7 @@ FOR_EACH_DTYPE(TERM_KERNELS)
 
 extern "C" __global__ void term_sum(float *out, const float *parts, int count, int width, int rank, int step_k,
                                     int step_c) {
+    after_earlier();
     sum_parts(out, parts, count, width, rank, step_k, step_c);
 }
 REGISTER_KERNEL(term_sum)

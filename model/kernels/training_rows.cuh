@@ -140,29 +140,37 @@ template <typename T> __device__ void swiglu_grad(T *gate_up, const T *grad, int
 #define TRAINING_ROW_KERNELS(suffix, T)                                                                                \
     extern "C" __global__ void place_rows_##suffix(T *out, const T *base, const T *part, const uint32_t *from,         \
                                                    int width) {                                                        \
+        after_earlier();                                                                                               \
         place_rows<T>(out, base, part, from, width);                                                                   \
     }                                                                                                                  \
     REGISTER_KERNEL(place_rows_##suffix)                                                                               \
-    extern "C" __global__ void add_bias_##suffix(T *x, const T *bias, int width) { add_bias<T>(x, bias, width); }      \
+    extern "C" __global__ void add_bias_##suffix(T *x, const T *bias, int width) {                                     \
+        after_earlier();                                                                                               \
+        add_bias<T>(x, bias, width);                                                                                   \
+    }                                                                                                                  \
     REGISTER_KERNEL(add_bias_##suffix)                                                                                 \
     extern "C" __global__ void rms_norm_grad_##suffix(T *out, const T *add, const T *x, const T *w, const T *grad,     \
                                                       int width, float eps) {                                          \
+        after_earlier();                                                                                               \
         rms_norm_grad<T>(out, add, x, w, grad, width, eps);                                                            \
     }                                                                                                                  \
     REGISTER_KERNEL(rms_norm_grad_##suffix)                                                                            \
     extern "C" __global__ void turn_heads_##suffix(T *out, const T *raw, const float *cos, const float *sin,           \
                                                    const uint32_t *positions, const T *norm, int heads, int head_dim,  \
                                                    int out_stride, int raw_stride, float eps) {                        \
+        after_earlier();                                                                                               \
         turn_heads<T>(out, raw, cos, sin, positions, norm, heads, head_dim, out_stride, raw_stride, eps);              \
     }                                                                                                                  \
     REGISTER_KERNEL(turn_heads_##suffix)                                                                               \
     extern "C" __global__ void turn_heads_back_##suffix(                                                               \
         T *grad, const T *raw, const float *cos, const float *sin, const uint32_t *positions, const T *norm,           \
         int heads, int head_dim, int grad_stride, int raw_stride, float eps) {                                         \
+        after_earlier();                                                                                               \
         turn_heads_back<T>(grad, raw, cos, sin, positions, norm, heads, head_dim, grad_stride, raw_stride, eps);       \
     }                                                                                                                  \
     REGISTER_KERNEL(turn_heads_back_##suffix)                                                                          \
     extern "C" __global__ void swiglu_grad_##suffix(T *gate_up, const T *grad, int width) {                            \
+        after_earlier();                                                                                               \
         swiglu_grad<T>(gate_up, grad, width);                                                                          \
     }                                                                                                                  \
     REGISTER_KERNEL(swiglu_grad_##suffix)

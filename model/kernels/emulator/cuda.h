@@ -26,6 +26,10 @@ extern unsigned char *dynamic_shared;
 
 enum class Wait { Ready, Warp, Block, Done };
 void wait(Wait for_whom);
+// The same, and the copies that this thread waited for are there for all.
+void barrier(Wait for_whom);
+// The running thread has waited for earlier kernels: each must.
+void after_earlier();
 // Where a lane leaves what others of its warp read.
 using Slot = uint64_t[4];
 // Those of the running thread's warp.
@@ -68,7 +72,8 @@ template <typename... A, void (*kernel)(A...)> struct Invoker<kernel> {
 #define blockDim emulator::block_size
 #define gridDim emulator::grid_size
 
-inline void __syncthreads() { emulator::wait(emulator::Wait::Block); }
+inline void __syncthreads() { emulator::barrier(emulator::Wait::Block); }
+inline void __syncwarp() { emulator::barrier(emulator::Wait::Warp); }
 template <typename V> V __shfl_xor_sync(unsigned, V x, int mask) {
     return emulator::shuffle(x, emulator::thread.x % 32 ^ (unsigned)mask);
 }

@@ -169,9 +169,10 @@ API cuDeviceGetCount(int *count) { return *count = 1, SUCCESS; }
 API cuDeviceGet(int *device, int number) { return *device = number, number == 0 ? SUCCESS : 101; }
 API cuDeviceGetName(char *name, int size, int) { return std::snprintf(name, size, "stand-in"), SUCCESS; }
 API cuDeviceTotalMem_v2(size_t *bytes, int) { return *bytes = total, SUCCESS; }
-// Compute capability 9.0 (75, 76), 132 multiprocessors (16), and whatever else is asked for.
+// Compute capability 9.0 (75, 76), multiprocessors (16: few, so that a block gets several tiles), the most shared memory of
+// a block (97), and whatever else is asked for.
 API cuDeviceGetAttribute(int *value, int which, int) {
-    *value = which == 75 ? 9 : which == 76 ? 0 : which == 16 ? 132 : 1;
+    *value = which == 75 ? 9 : which == 76 ? 0 : which == 16 ? 4 : which == 97 ? SHARED_MOST : 1;
     return SUCCESS;
 }
 API cuDevicePrimaryCtxRetain(void **context, int) { return *context = &total, SUCCESS; }
@@ -211,6 +212,13 @@ API cuEventQuery(void *event) {
     if (capture) return NOT_IN_CAPTURE;
     if (executed < issued) run_until(executed + 1); // Time passes.
     return executed >= static_cast<Event *>(event)->at ? failure : (int)NOT_READY;
+}
+// Milliseconds: one for each piece of work.
+API cuEventElapsedTime_v2(float *milliseconds, void *start, void *end) {
+    return *milliseconds = (float)(static_cast<Event *>(end)->at - static_cast<Event *>(start)->at), SUCCESS;
+}
+API cuEventElapsedTime(float *milliseconds, void *start, void *end) {
+    return cuEventElapsedTime_v2(milliseconds, start, end);
 }
 API cuEventSynchronize(void *event) {
     const Locked locked(mutex);
@@ -342,6 +350,20 @@ API cuLaunchKernel(void *handle, unsigned x, unsigned y, unsigned z, unsigned bx
         const char *why = emulator_launch(name.c_str(), grid, block, shared, arguments.data(), arguments.size());
         if (why) fail(why);
     });
+}
+// CUlaunchConfig.
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared;
+    void *stream, *attributes;
+    unsigned attribute_count;
+};
+API cuLaunchKernelEx(const LaunchConfig *config, void *handle, void **parameters, void **extra) {
+    // Only that which lets a kernel begin early (6).
+    for (unsigned i = 0; i < config->attribute_count; i++)
+        if (i > 0 || *static_cast<const int *>(config->attributes) != 6) return INVALID;
+    const unsigned *grid = config->grid, *block = config->block;
+    return cuLaunchKernel(handle, grid[0], grid[1], grid[2], block[0], block[1], block[2], config->shared,
+                          config->stream, parameters, extra);
 }
 
 API cuStreamBeginCapture_v2(void *, int) {

@@ -29,11 +29,12 @@ struct Copy {
 struct Fiber {
     ucontext_t context;
     std::jmp_buf at;
-    bool begun;
+    bool begun, after_earlier;
     std::unique_ptr<unsigned char[]> stack;
     Wait waits;
     std::vector<Copy> copies;
-    size_t groups;
+    // Groups that were closed, and the first one that was not waited for.
+    size_t groups, waited;
 };
 
 struct Kernel {
@@ -56,6 +57,12 @@ size_t shared_bytes;
 bool backwards;
 // Aligned as tiles want it.
 alignas(128) unsigned char shared_memory[SHARED];
+// What the kernel ahead still writes.
+struct {
+    void *to;
+    const void *from;
+    size_t bytes;
+} late;
 char error[256];
 const char *faulted;
 size_t bank_conflicts;
@@ -104,9 +111,9 @@ const char *run_block(size_t count) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_thread, 0);
         fiber.waits = Wait::Ready;
-        fiber.begun = false;
+        fiber.begun = fiber.after_earlier = false;
         fiber.copies.clear();
-        fiber.groups = 0;
+        fiber.groups = fiber.waited = 0;
     }
     for (;;) {
         // Each warp as far as it gets alone: what it reads of others' before a barrier is not there yet.
@@ -117,12 +124,21 @@ const char *run_block(size_t count) {
         }
         size_t done = 0;
         for (size_t i = 0; i < count; i++) done += fibers[i].waits == Wait::Done;
-        if (done == count) return nullptr;
+        if (done == count) break;
         if (done > 0) return "some threads of a block miss a barrier";
         for (size_t i = 0; i < count; i++) fibers[i].waits = Wait::Ready;
     }
+    for (size_t i = 0; i < count; i++)
+        if (!fibers[i].after_earlier) return "some threads do not wait for earlier kernels";
+    return nullptr;
 }
 } // namespace
+
+void after_earlier() {
+    fibers[running].after_earlier = true;
+    if (late.bytes > 0) std::memcpy(late.to, late.from, late.bytes);
+    late.bytes = 0;
+}
 
 void wait(Wait for_whom) {
     fibers[running].waits = for_whom;
@@ -141,8 +157,9 @@ void copy(const Copy &c) {
 }
 } // namespace
 
-// A copy arrives at once in one order of the threads, and as late as it may in the other: one shows what is overwritten
-// while it is read, the other what is read before it was waited for.
+// A copy arrives at once in one order of the threads, and as late as it may in the other, at the barrier behind the wait:
+// one shows what is overwritten while it is read, the other what is read before it was waited for, or by others before a
+// barrier.
 void begin_copy(void *to, const void *from, bool there) {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (there && reinterpret_cast<uintptr_t>(from) % 16 != 0))
         return fault("an asynchronous copy is not aligned to 16 bytes");
@@ -152,10 +169,15 @@ void begin_copy(void *to, const void *from, bool there) {
 }
 void commit_copies() { fibers[running].groups++; }
 void wait_for_copies(size_t pending) {
+    Fiber &fiber = fibers[running];
+    fiber.waited = max(fiber.waited, fiber.groups - min(fiber.groups, pending));
+}
+void barrier(Wait for_whom) {
     std::vector<Copy> &copies = fibers[running].copies;
     size_t arrived = 0;
-    while (arrived < copies.size() && copies[arrived].group + pending < fibers[running].groups) copy(copies[arrived++]);
+    while (arrived < copies.size() && copies[arrived].group < fibers[running].waited) copy(copies[arrived++]);
     copies.erase(copies.begin(), copies.begin() + arrived);
+    wait(for_whom);
 }
 
 Registered::Registered(const char *name, Invoke invoke, const size_t *sizes) {
@@ -168,6 +190,9 @@ Registered::Registered(const char *name, Invoke invoke, const size_t *sizes) {
 // Whether the threads of a block run in the order of their numbers or against it: what differs between the two lacks a
 // barrier.
 extern "C" void emulator_backwards(bool backwards) { emulator::backwards = backwards; }
+
+// What the kernel ahead of the next launch writes: as late as it may, when that launch's first thread waits for it.
+extern "C" void emulator_write_late(void *to, const void *from, size_t bytes) { emulator::late = {to, from, bytes}; }
 
 // How many loads of matrices the last launch did from rows that share banks of the shared memory.
 extern "C" size_t emulator_bank_conflicts() { return emulator::bank_conflicts; }
