@@ -5,7 +5,7 @@ use half::{bf16, f16};
 
 use super::rows::addresses;
 use super::*;
-use crate::gpu::backend::{Arg, Launch};
+use crate::gpu::work::{Arg, Launch};
 
 const DTYPES: [DType; 2] = [DType::BF16, DType::F16];
 
@@ -21,7 +21,7 @@ fn bits(x: f32, dtype: DType) -> u32 {
 /// One warp of a probe.
 fn probe(gpu: &Gpu, kernel: &str, dtype: DType, shared: u32, args: &[Arg]) -> Result<()> {
     let launch = Launch {
-        kernel: &format!("{kernel}_{}", super::super::backend::suffix(dtype)?),
+        kernel: &format!("{kernel}_{}", super::super::work::suffix(dtype)?),
         grid: [1, 1, 1],
         threads: 32,
         shared,
@@ -117,7 +117,7 @@ fn tiles_are_loaded_as_the_operands_that_products_take() -> Result<()> {
         for dtype in DTYPES {
             // Every element its own bits; none of them is a NaN.
             let from: Vec<u32> = (0..WIDTH * WIDTH / 2)
-                .map(|i| ((2 * i + 1) << 16 | 2 * i) as u32)
+                .map(|i| (((2 * i + 1) << 16) | (2 * i)) as u32)
                 .collect();
             let (from, out) = (words(&from, device)?, words(&[0; 512], device)?);
             let [from, out_at] = addresses(gpu, [&from, &out])?;
