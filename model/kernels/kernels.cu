@@ -2,6 +2,7 @@
 #include "attend_rows.cuh"
 #include "attend_tiles.cuh"
 #include "attend_tiles_mma.cuh"
+#include "few_rows.cuh"
 #include "low_rank.cuh"
 #include "norm.cuh"
 #include "probe.cuh"

@@ -16,8 +16,8 @@ def bars(parts: dict) -> list[dict]:
     def rate(name: str, unit: str = "samples_per_s"):
         return rows(name)[0][unit] if rows(name) else None
 
-    def step(batch_size: int, context: int = 128):
-        found = result("profile")
+    def step(batch_size: int, context: int = 128, profile: str = "profile"):
+        found = result(profile)
         points = found.get("points", []) if isinstance(found, dict) else []
         return next((p["step_ms"] for p in points if (p["batch_size"], p["context"]) == (batch_size, context)), None)
 
@@ -33,6 +33,7 @@ def bars(parts: dict) -> list[dict]:
     per_256 = ratio(256e3, step(256))
     out = [
         bar("step at 16 rows, context 128, against reading the weights", "at most 1.5", ratio(step(16), floor)),
+        bar("the same with cuBLAS' products alone", "", ratio(step(16, profile="profile_blas"), floor)),
         bar("tokens/s of a step at 256 rows, context 128", "at least 15,000", per_256),
         bar("tokens/s of the whole work load at 256 slots", "", rate("continuous_256", "tokens_per_s")),
         bar("continuous, memory-bound, against vanilla at 16", "at least 6", ratio(rate("continuous_most"), vanilla)),

@@ -49,6 +49,9 @@ def parts(args: argparse.Namespace) -> list[Part]:
     workload, adapter, pairs = args.output / "workload.jsonl", args.output / "adapter", args.output / "pairs.jsonl"
     sorting = ["--vbs", "--fcr", "--planner", "published,cost", "--noise-mae", "62"]
     made = [] if args.dry else ["make_7b"]
+    profile = [lengthwise, "profile", *common, "--batch-sizes"]
+    # The ways that products of few rows are computed, and what each took, go to profile.err.
+    chosen, by_blas = ["env", "RUST_LOG=lengthwise_model::gpu::products=debug"], ["env", "LENGTHWISE_GPU_PRODUCTS=blas"]
 
     def continuous(slots: int, requests: int) -> list[str]:
         return [*bench, "--strategy", "continuous", "--batch-size", str(slots), "--num", str(requests)]
@@ -67,7 +70,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("copy_rate", 60, [python, str(HERE / "copy_rate.py")]),
         Part("answers", 60, [str(HERE / "same_answers.sh"), lengthwise, device]),
         *([] if args.dry else [Part("make_7b", 120, [python, str(HERE / "make_7b.py"), model])]),
-        Part("profile", 90, [lengthwise, "profile", *common, "--batch-sizes", sizes, "--contexts", "128,512"], made),
+        Part("profile", 90, [*chosen, *profile, sizes, "--contexts", "128,512"], made),
         Part("continuous_most", 90, continuous(most, many), made),
         Part("vanilla_16", 120, [*bench, "--strategy", "vanilla", "--batch-size", "16", "--num", str(few)], made),
         Part("continuous_256", 90, continuous(256, many), made),
@@ -89,6 +92,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("train", 90, [*trained, "--engines", "lengthwise"], made),
         Part("train_peft", 60, [*trained, "--engines", "peft"], made),
         Part("train_checkpointing", 90, [*trained, "--engines", "checkpointing"], made),
+        Part("profile_blas", 60, [*by_blas, *profile, sizes.split(",")[1], "--contexts", "128"], made),
         Part("sorted_16", 150, [*bench, "--strategy", "seqsch", *sorting, "--batch-size", "16", "--num", str(few)], made),
         Part("continuous_64", 90, continuous(64, many), made),
         Part("vanilla_all", 240, [*bench, "--strategy", "vanilla", "--batch-size", "16", "--num", str(many)], made),

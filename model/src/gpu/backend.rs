@@ -1,14 +1,12 @@
-//! What a pass asks of the device: memory, copies, matrix products and launches of kernels, all in one stream.
+//! The device: memory, copies, and a stream that takes matrix products and launches of kernels.
 
-use candle_core::{CpuStorage, DType, Device, Result, Storage, Tensor, bail};
+use candle_core::{CpuStorage, Device, Result, Storage, Tensor, bail};
 
 #[cfg(feature = "cuda")]
 use super::cuda::{CudaBuffer, CudaGpu};
 #[cfg(feature = "kernel-emulation")]
 use super::emulated::EmulatedGpu;
-
-/// A device address.
-pub(crate) type Address = u64;
+use super::work::{Address, Gemm, Launch};
 
 /// A GPU, or the emulator in its place.
 pub(crate) enum Gpu {
@@ -46,66 +44,6 @@ impl CopyBack {
             Self::Emulated(words) => Ok(words),
         }
     }
-}
-
-/// An argument of a kernel.
-#[derive(Debug, Clone, Copy)]
-pub(crate) enum Arg {
-    /// A device pointer; 0 is null.
-    Pointer(Address),
-    Int(i32),
-    Float(f32),
-}
-
-impl Arg {
-    /// The argument's bytes, in the low ones of a word: what a launch reads of it, on a little-endian machine.
-    pub fn bits(self) -> u64 {
-        match self {
-            Self::Pointer(address) => address,
-            Self::Int(int) => u64::from(int as u32),
-            Self::Float(float) => u64::from(float.to_bits()),
-        }
-    }
-}
-
-/// One kernel's launch.
-#[derive(Debug)]
-pub(crate) struct Launch<'a> {
-    /// The kernel's name in `model/kernels`.
-    pub kernel: &'a str,
-    pub grid: [u32; 3],
-    /// Threads of a block.
-    pub threads: u32,
-    /// Bytes of dynamic shared memory of a block.
-    pub shared: u32,
-    pub args: &'a [Arg],
-}
-
-/// How a product reads its weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Side {
-    /// `x wᵀ` of a `w` of `[outputs, inputs]`: forward.
-    Transposed,
-    /// `x w` of a `w` of `[inputs, outputs]`: the gradient of a product's input, with the same weight.
-    Plain,
-}
-
-/// `out = x wᵀ` or `out = x w`, or added to `out`: sums in f32, rows of `inputs` and `outputs` elements.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Gemm {
-    /// `[rows, outputs]` in `out_dtype`, rows `outputs` apart.
-    pub out: Address,
-    /// `[rows, inputs]` in `dtype`, rows `inputs` apart.
-    pub x: Address,
-    /// In `dtype`, as `side` says.
-    pub w: Address,
-    pub side: Side,
-    pub rows: usize,
-    pub outputs: usize,
-    pub inputs: usize,
-    pub accumulate: bool,
-    pub dtype: DType,
-    pub out_dtype: DType,
 }
 
 impl Gpu {
@@ -184,6 +122,53 @@ impl Gpu {
                 // SAFETY: the caller's promise.
                 unsafe { gpu.download(from, to) };
                 Ok(())
+            }
+        }
+    }
+
+    /// Multiprocessors of the device.
+    pub fn multiprocessors(&self) -> usize {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.properties.multiprocessors,
+            // Few, so that a block gets several tiles.
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => 3,
+        }
+    }
+
+    /// Bytes of shared memory that a block may have.
+    pub fn most_shared(&self) -> usize {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.properties.most_shared,
+            // A Hopper GPU's.
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => 227 << 10,
+        }
+    }
+
+    /// Whether times that it takes say anything.
+    pub fn is_worth_measuring(&self) -> bool {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_) => true,
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => false,
+        }
+    }
+
+    /// Seconds that the device takes at least for what `launches` puts into the stream, of so many times.
+    pub fn time(&self, times: usize, launches: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+        match self {
+            #[cfg(feature = "cuda")]
+            Self::Cuda(gpu) => gpu.time(times, launches),
+            #[cfg(feature = "kernel-emulation")]
+            Self::Emulated(_) => {
+                let _ = times;
+                let began = std::time::Instant::now();
+                launches()?;
+                Ok(began.elapsed().as_secs_f64())
             }
         }
     }
@@ -287,15 +272,5 @@ impl Buffer {
             #[cfg(feature = "kernel-emulation")]
             Self::Emulated(words) => words.fill(u128::MAX),
         }
-    }
-}
-
-/// The suffix of a dtype's kernels.
-pub(crate) fn suffix(dtype: DType) -> Result<&'static str> {
-    match dtype {
-        DType::F32 => Ok("f32"),
-        DType::BF16 => Ok("bf16"),
-        DType::F16 => Ok("f16"),
-        other => bail!("the GPU path runs f32, bf16 and f16, not {}", other.as_str()),
     }
 }

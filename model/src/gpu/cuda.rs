@@ -1,51 +1,45 @@
 //! A real GPU behind the device's interface: cudarc's driver and cuBLAS in candle's stream.
 
 mod copies;
+mod graphs;
 mod module;
+mod properties;
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result as blas, sys as blas_sys};
-use candle_core::cuda_backend::cudarc::driver::{CudaGraph, CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaModule, CudaSlice, CudaStream, DevicePtr, result, sys};
 use candle_core::cuda_backend::{CudaDevice, CudaStorage, CudaStorageSlice};
 use candle_core::{DType, Error, Result, bail};
 
-use super::backend::{Address, Gemm, Launch, Side};
+use super::work::{Address, Gemm, Launch, Side};
 use copies::Copies;
 pub(crate) use copies::CudaCopy;
+use graphs::Graphs;
 use module::Function;
+use properties::Properties;
 
 /// cuBLAS' own memory: what it asks for on Hopper, twice what it needs elsewhere. Its default is taken at the first product,
 /// which a recording does not allow.
 pub(crate) const BLAS_WORKSPACE: usize = 32 << 20;
 
-/// Graphs that are kept; most passes have one of a few batch sizes.
-const MOST_GRAPHS: usize = 256;
-
 /// A GPU's stream with our kernels.
 pub(crate) struct CudaGpu {
     stream: Arc<CudaStream>,
+    pub properties: Properties,
     blas: CudaBlas,
     /// Held for as long as `blas`.
     _blas_workspace: CudaSlice<u8>,
     module: Arc<CudaModule>,
     functions: RefCell<HashMap<String, Function>>,
     copies: RefCell<Copies>,
-    graphs: RefCell<HashMap<u64, Graph>>,
-    /// Keys that were launched once: the next time they are recorded.
-    warm: RefCell<HashSet<u64>>,
-    /// A recording failed.
-    unrecordable: Cell<bool>,
+    graphs: RefCell<Graphs>,
+    /// Kernels may be launched before the one ahead has ended.
+    launches_early: Cell<bool>,
 }
-
-/// A recorded pass.
-struct Graph(CudaGraph);
-
-// SAFETY: a graph may be used from any thread, one at a time; it lies in a `RefCell`, which is not `Sync`.
-unsafe impl Send for Graph {}
 
 /// Memory of the GPU.
 pub(crate) struct CudaBuffer {
@@ -71,16 +65,17 @@ impl CudaGpu {
             .result()
             .map_err(Error::wrap)?;
         let module = module::load(stream.context())?;
+        let properties = Properties::of(stream.context())?;
         Ok(Self {
             copies: RefCell::new(Copies::new(stream.clone())),
+            properties,
             stream,
             blas,
             _blas_workspace: workspace,
             module,
             functions: RefCell::default(),
             graphs: RefCell::default(),
-            warm: RefCell::default(),
-            unrecordable: Cell::new(false),
+            launches_early: Cell::new(properties.launches_early),
         })
     }
 
@@ -129,19 +124,24 @@ impl CudaGpu {
         function.allow_shared(launch.shared)?;
         let mut words: Vec<u64> = launch.args.iter().map(|arg| arg.bits()).collect();
         let mut params: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
-        let [x, y, z] = launch.grid;
-        // SAFETY: the caller's promise; the driver copies the parameters before it returns.
-        unsafe {
-            result::launch_kernel(
-                function.function.cu_function(),
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared,
-                self.stream.cu_stream(),
-                &mut params,
-            )
-        }
-        .map_err(|err| Error::Msg(format!("kernel {}: {err}", launch.kernel)))
+        let mut early = properties::early_launch();
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid[0],
+            gridDimY: launch.grid[1],
+            gridDimZ: launch.grid[2],
+            blockDimX: launch.threads,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &raw mut early,
+            numAttrs: self.launches_early.get().into(),
+        };
+        let function = function.function.cu_function();
+        // SAFETY: the caller's promise; the driver copies configuration and parameters before it returns.
+        unsafe { sys::cuLaunchKernelEx(&config, function, params.as_mut_ptr(), std::ptr::null_mut()) }
+            .result()
+            .map_err(|err| Error::Msg(format!("kernel {}: {err}", launch.kernel)))
     }
 
     /// # Safety
@@ -180,53 +180,6 @@ impl CudaGpu {
             )
         }
         .map_err(Error::wrap)
-    }
-
-    pub fn replay(&self, key: u64, launches: &mut dyn FnMut() -> Result<()>) -> Result<()> {
-        self.bind()?;
-        if let Some(Graph(graph)) = self.graphs.borrow().get(&key) {
-            return graph.launch().map_err(Error::wrap);
-        }
-        // The first time runs as it is: it loads the kernels and lets cuBLAS choose its own.
-        let first = self.warm.borrow_mut().insert(key);
-        if first || self.unrecordable.get() {
-            return launches();
-        }
-        self.make_room();
-        match self.record(launches) {
-            Ok(graph) => {
-                graph.0.launch().map_err(Error::wrap)?;
-                self.graphs.borrow_mut().insert(key, graph);
-                Ok(())
-            }
-            Err(err) => {
-                tracing::warn!("passes cannot be recorded on this GPU, so each is launched kernel by kernel: {err}");
-                self.unrecordable.set(true);
-                launches()
-            }
-        }
-    }
-
-    /// Drops all graphs where there are too many: of buffers or adapters that are gone, mostly.
-    fn make_room(&self) {
-        if self.graphs.borrow().len() >= MOST_GRAPHS {
-            // One may be running.
-            let _ = self.stream.synchronize();
-            self.graphs.borrow_mut().clear();
-        }
-    }
-
-    fn record(&self, launches: &mut dyn FnMut() -> Result<()>) -> Result<Graph> {
-        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
-        self.stream.begin_capture(mode).map_err(Error::wrap)?;
-        let launched = launches();
-        let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
-        let graph = self.stream.end_capture(flags).map_err(Error::wrap);
-        launched?;
-        match graph? {
-            Some(graph) => Ok(Graph(graph)),
-            None => bail!("the recorded pass is empty"),
-        }
     }
 
     /// Makes the GPU's context this thread's: calls of the driver that bypass cudarc need it.

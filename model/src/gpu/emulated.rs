@@ -1,13 +1,13 @@
 //! The emulator of `model/kernels/emulator` behind the device's interface, and a plain matrix product.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 use std::sync::Mutex;
 
 use candle_core::{DType, Error, Result};
 use half::{bf16, f16};
 
-use super::backend::{Address, Gemm, Launch, Side};
+use super::work::{Address, Gemm, Launch, Side};
 
 unsafe extern "C" {
     fn emulator_launch(
@@ -20,6 +20,7 @@ unsafe extern "C" {
     ) -> *const c_char;
     fn emulator_backwards(backwards: bool);
     fn emulator_bank_conflicts() -> usize;
+    fn emulator_write_late(to: *mut c_void, from: *const c_void, bytes: usize);
 }
 
 /// The emulator runs one kernel at a time.
@@ -32,6 +33,8 @@ pub(crate) struct EmulatedGpu {
     pub backwards: bool,
     /// Loads of matrices, in all launches so far, from rows of shared memory that share banks.
     pub bank_conflicts: Cell<usize>,
+    /// Bytes that the kernel ahead of the next launch writes as late as it may, and where to.
+    pub late: RefCell<Option<(Address, Vec<u8>)>>,
 }
 
 impl EmulatedGpu {
@@ -57,9 +60,13 @@ impl EmulatedGpu {
         let mut arguments: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
         let block = [launch.threads, 1, 1];
         let _running = RUNNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let late = self.late.take();
         // SAFETY: the caller's promise for what the arguments say; the lock for the emulator's own state.
         let (error, conflicts) = unsafe {
             emulator_backwards(self.backwards);
+            if let Some((to, bytes)) = &late {
+                emulator_write_late(*to as *mut c_void, bytes.as_ptr().cast(), bytes.len());
+            }
             let error = emulator_launch(
                 name.as_ptr(),
                 launch.grid.as_ptr(),

@@ -1,6 +1,6 @@
 //! What a pass reads of its segments, as one array of words: a single copy to the device per pass.
 
-use super::backend::Address;
+use super::work::Address;
 use crate::Segment;
 use crate::sampling::Draw;
 

@@ -3,16 +3,20 @@
 //! All addresses are of the device; T is the model's dtype.
 
 mod attention;
+mod few_rows;
 mod packed_attention;
 mod training;
 
 use candle_core::{DType, Result};
 
 use super::Gpu;
-use super::backend::{Address, Arg, Gemm, Launch, Side, suffix};
+use super::work::{Address, Arg, Gemm, Launch, Side, suffix};
 use crate::ops::AttentionShape;
 
 pub(crate) use attention::{AttendInputs, SingleRows};
+#[cfg(test)]
+pub(crate) use few_rows::FewRowsTile;
+pub(crate) use few_rows::{Epilogue, FEW_ROWS_MOST, Outputs, Product};
 pub(crate) use packed_attention::{Packed, PackedGrads, Tiles, packed_tile};
 pub(crate) use training::{Drop, Factor, Heads};
 

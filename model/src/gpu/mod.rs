@@ -12,10 +12,12 @@ mod hidden;
 mod inputs;
 mod kernels;
 mod pass;
+mod products;
 #[cfg(test)]
 mod tests;
 mod training;
 mod weights;
+mod work;
 mod workspace;
 
 pub(crate) use backend::{CopyBack, Gpu};

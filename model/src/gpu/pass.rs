@@ -1,15 +1,18 @@
 //! Forward passes on the GPU: put into its stream without waiting for any.
 
 mod launches;
+mod multiply;
 
 use candle_core::{DType, Result, bail};
 
 use super::Gpu;
-use super::backend::{Address, Buffer, CopyBack};
+use super::backend::{Buffer, CopyBack};
 use super::hidden::HiddenCopy;
 use super::inputs::Inputs;
 use super::kernels::{CacheLayer, Kernels};
+use super::products::{Products, Projection, Way};
 use super::weights::GpuWeights;
+use super::work::Address;
 #[cfg(feature = "cuda")]
 use super::workspace;
 use super::workspace::{Sizes, Workspace};
@@ -26,6 +29,9 @@ const MOST_SEGMENTS: usize = 8192;
 /// 16 KiB each on their way.
 const BLOCKS_WANTED: usize = 528;
 
+/// Of these the fastest counts.
+const TIMES_MEASURED: usize = 4;
+
 /// Keys below which a row's attention is not shared out further.
 const LEAST_KEYS_PER_SPLIT: usize = 64;
 
@@ -39,6 +45,7 @@ pub(crate) struct GpuCache {
     memory: Buffer,
     slots: usize,
     work: Workspace,
+    products: Products,
     inputs: Inputs,
     /// `[MOST_SEGMENTS]` u32: the tokens that the last pass drew.
     drawn: Buffer,
@@ -68,6 +75,7 @@ impl GpuCache {
             drawn: gpu.alloc(4 * MOST_SEGMENTS)?,
             dtype: llama.dtype(),
             work: Workspace::default(),
+            products: Products::new(llama.dtype())?,
             inputs: Inputs::default(),
             draws: false,
             gpu,
@@ -77,13 +85,50 @@ impl GpuCache {
         })
     }
 
-    /// Takes the memory of passes of up to `rows` new tokens in `segments` sequences now, so that none fails later.
+    /// Takes the memory of passes of up to `rows` new tokens in `segments` sequences now, so that none fails later, and
+    /// measures which way their products are computed fastest.
     ///
     /// # Errors
-    /// There is no memory for it.
+    /// There is no memory for it, or the device failed.
     pub fn reserve(&mut self, rows: usize, segments: usize) -> Result<()> {
         let sizes = largest_pass(&self.config, rows, segments);
-        self.work.reserve(&self.gpu, &self.config, self.dtype, sizes)
+        self.work.reserve(&self.gpu, &self.config, self.dtype, sizes)?;
+        if self.products.chosen || !self.gpu.is_worth_measuring() {
+            return Ok(());
+        }
+        let mut products = self.products.clone();
+        products.measure(sizes.segments, |projection, rows, way| {
+            self.time_products(projection, rows, way)
+        })?;
+        self.products = products;
+        Ok(())
+    }
+
+    /// Seconds that the products of every layer with one of its weights take in a way: all layers, since one layer's weight
+    /// may stay in the device's cache.
+    fn time_products(&self, projection: Projection, rows: usize, way: Way) -> Result<f64> {
+        let pass = self.launches(None);
+        let layers = match projection {
+            Projection::Head => 1,
+            _ => self.weights.layers.len(),
+        };
+        self.gpu.time(TIMES_MEASURED, &mut || {
+            (0..layers).try_for_each(|layer| {
+                // SAFETY: the workspace was made for as many rows; what they hold is of no account.
+                unsafe { pass.multiply_by(way, &pass.product(projection, layer, rows)) }
+            })
+        })
+    }
+
+    fn launches<'a>(&'a self, adapter: Option<&'a Adapter>) -> Launches<'a> {
+        Launches {
+            cache: self,
+            kernels: Kernels {
+                gpu: &self.gpu,
+                dtype: self.dtype,
+            },
+            adapter,
+        }
     }
 
     /// Puts a pass over the segments into the stream and returns without waiting for it.
@@ -110,14 +155,7 @@ impl GpuCache {
         self.work.reserve(&self.gpu, &self.config, self.dtype, sizes)?;
         // SAFETY: the workspace has just been made large enough for the words.
         unsafe { self.gpu.upload(self.work.places.inputs, &self.inputs.words)? };
-        let pass = Launches {
-            cache: self,
-            kernels: Kernels {
-                gpu: &self.gpu,
-                dtype: self.dtype,
-            },
-            adapter,
-        };
+        let pass = self.launches(adapter);
         // Prompts come in too many shapes to be recorded; a step of decoding is one of few.
         match self.inputs.tiles == 0 && self.inputs.rows == self.inputs.segments {
             true => self.gpu.replay(pass.key(), &mut || pass.all()),

@@ -4,6 +4,7 @@
 //! the build has one (`--features cuda`).
 
 mod attention;
+mod few_rows;
 mod network;
 mod packed;
 mod rows;
@@ -14,8 +15,8 @@ mod training;
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::Gpu;
-use super::backend::Address;
 use super::kernels::Kernels;
+use super::work::Address;
 use crate::ops::testing::{assert_close, random};
 
 /// Runs a test on every device of this build. A build with CUDA needs a GPU, unless LENGTHWISE_NO_GPU is set.

@@ -3,8 +3,8 @@
 use candle_core::{DType, Result, Tensor, TensorId, bail};
 
 use super::Gpu;
-use super::backend::Address;
 use super::kernels::LowRank;
+use super::work::Address;
 use crate::lora::{Adapter, LinearKind};
 use crate::network::Llama;
 use crate::ops::AttentionShape;

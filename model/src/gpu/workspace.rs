@@ -3,7 +3,8 @@
 use candle_core::{DType, Result};
 
 use super::Gpu;
-use super::backend::{Address, Buffer};
+use super::backend::Buffer;
+use super::work::Address;
 use crate::ModelConfig;
 
 /// Rows, segments and other sizes that a pass needs room for.

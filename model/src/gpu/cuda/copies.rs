@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use candle_core::cuda_backend::cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice, result};
 use candle_core::{Error, Result, bail};
 
-use super::super::backend::Address;
+use super::super::work::Address;
 
 /// Page-locked memory that no copy is using.
 type Spare = Arc<Mutex<Vec<PinnedHostSlice<u32>>>>;
@@ -121,10 +121,10 @@ impl Copies {
 
     /// Memory of at least `count` words.
     fn page_locked(&self, count: usize) -> Result<PinnedHostSlice<u32>> {
-        if let Ok(mut spare) = self.spare.lock() {
-            if let Some(at) = spare.iter().position(|words| words.len() >= count) {
-                return Ok(spare.swap_remove(at));
-            }
+        if let Ok(mut spare) = self.spare.lock()
+            && let Some(at) = spare.iter().position(|words| words.len() >= count)
+        {
+            return Ok(spare.swap_remove(at));
         }
         let context = self.stream.context();
         let words = count.next_power_of_two();

@@ -3,7 +3,7 @@
 use candle_core::{DType, Result, bail};
 
 use super::{ATTEND_THREADS, CacheLayer, Kernels};
-use crate::gpu::backend::{Address, Arg};
+use crate::gpu::work::{Address, Arg};
 use crate::ops::AttentionShape;
 
 /// Query heads of one kv head that the row kernel is compiled for.

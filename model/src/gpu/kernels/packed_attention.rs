@@ -4,7 +4,7 @@ use candle_core::{DType, Result};
 
 use super::attention::TILE_HEAD_DIMS;
 use super::{ATTEND_THREADS, Kernels};
-use crate::gpu::backend::{Address, Arg};
+use crate::gpu::work::{Address, Arg};
 use crate::ops::AttentionShape;
 
 /// `OWN_ROWS` and `OTHER_ROWS`: of the f32 kernels.

@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::{ATTEND_THREADS, Kernels, ROW_THREADS};
-use crate::gpu::backend::{Address, Arg};
+use crate::gpu::work::{Address, Arg};
 
 /// `TERM_AT_ONCE`, `TERM_DOWN_ROWS`, `TERM_UP_ROWS` and `TERM_PART_ROWS`.
 const TERM: (usize, usize, usize, usize) = (8, 4, 8, 128);

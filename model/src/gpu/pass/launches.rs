@@ -2,13 +2,14 @@
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 
-use candle_core::{DType, Result};
+use candle_core::Result;
 
 use super::GpuCache;
-use crate::gpu::backend::{Address, Gemm, Side};
 use crate::gpu::inputs::Part;
-use crate::gpu::kernels::{AttendInputs, Kernels, RopeInputs, SingleRows};
+use crate::gpu::kernels::{AttendInputs, Kernels, Product, RopeInputs, SingleRows};
+use crate::gpu::products::Projection;
 use crate::gpu::weights::{adapter_id, low_rank};
+use crate::gpu::work::Address;
 use crate::lora::{Adapter, LinearKind};
 
 /// A pass: its launches with the addresses that they share.
@@ -67,18 +68,7 @@ impl Launches<'_> {
         unsafe {
             self.kernels
                 .rms_norm(places.normed, x, weights.norm, segments, hidden, weights.eps)?;
-            self.cache.gpu.gemm(&Gemm {
-                out: places.logits,
-                x: places.normed,
-                w: weights.lm_head,
-                side: Side::Transposed,
-                rows: segments,
-                outputs: config.vocab_size,
-                inputs: hidden,
-                accumulate: false,
-                dtype: self.kernels.dtype,
-                out_dtype: DType::F32,
-            })?;
+            self.multiply(Projection::Head, &self.product(Projection::Head, 0, segments))?;
             if self.cache.draws {
                 self.kernels.sample(
                     drawn,
@@ -121,8 +111,7 @@ impl Launches<'_> {
         unsafe {
             self.kernels
                 .rms_norm(places.normed, places.x, w.input_norm, rows, hidden, weights.eps)?;
-            self.kernels
-                .linear(places.qkv, places.normed, w.qkv, (rows, width, hidden), false)?;
+            self.multiply(Projection::Qkv, &self.product(Projection::Qkv, layer, rows))?;
             let key = shape.q_width() * element;
             let value = (shape.q_width() + shape.kv_width()) * element;
             for (kind, offset) in [
@@ -169,31 +158,49 @@ impl Launches<'_> {
     /// `x += o(mixed)`, then `x += feed_forward(norm(x))`, on `rows` rows.
     fn feed_forward(&self, layer: usize, x: Address, mixed: Address, rows: usize) -> Result<()> {
         let (config, weights) = (&self.cache.config, &self.cache.weights);
-        let (w, places) = (&weights.layers[layer], self.cache.work.places);
-        let (hidden, inner, q_width) = (config.hidden_size, config.intermediate_size, weights.shape.q_width());
-        let element = self.kernels.dtype.size_in_bytes();
+        let (w, places, hidden) = (&weights.layers[layer], self.cache.work.places, config.hidden_size);
         let scales = if x == places.x { Part::Scales } else { Part::LastScales };
+        let o = Product {
+            out: x,
+            x: mixed,
+            ..self.product(Projection::O, layer, rows)
+        };
+        let down = Product {
+            out: x,
+            ..self.product(Projection::Down, layer, rows)
+        };
         // SAFETY: see `all`.
         unsafe {
-            self.kernels.linear(x, mixed, w.o, (rows, hidden, q_width), true)?;
+            self.multiply(Projection::O, &o)?;
             self.low_rank(layer, LinearKind::OProj, x, hidden, mixed, scales, rows)?;
             self.kernels
                 .rms_norm(places.normed, x, w.post_norm, rows, hidden, weights.eps)?;
-            self.kernels.linear(
-                places.gate_up,
-                places.normed,
-                w.gate_up,
-                (rows, 2 * inner, hidden),
-                false,
-            )?;
-            for (kind, offset) in [(LinearKind::GateProj, 0), (LinearKind::UpProj, inner * element)] {
-                let out = places.gate_up + offset as Address;
+            self.gate_up(layer, scales, rows)?;
+            self.multiply(Projection::Down, &down)?;
+            self.low_rank(layer, LinearKind::DownProj, x, hidden, places.active, scales, rows)
+        }
+    }
+
+    /// `silu(gate) * up` of `normed` into `active`; the adapter's terms come between, where it has any there.
+    ///
+    /// # Safety
+    /// As [`Launches::multiply`].
+    unsafe fn gate_up(&self, layer: usize, scales: Part, rows: usize) -> Result<()> {
+        let (places, inner) = (self.cache.work.places, self.cache.config.intermediate_size);
+        let gated = self.product(Projection::GateUp, layer, rows);
+        let kinds = [LinearKind::GateProj, LinearKind::UpProj];
+        let adapted = |adapter: &Adapter| kinds.iter().any(|kind| adapter.pair(layer, *kind).is_some());
+        // SAFETY: the caller's promise.
+        unsafe {
+            if !self.adapter.is_some_and(adapted) {
+                return self.multiply(Projection::GateUp, &gated);
+            }
+            self.multiply(Projection::GateUp, &self.ungated(&gated))?;
+            for (i, kind) in kinds.into_iter().enumerate() {
+                let out = places.gate_up + (i * inner * self.kernels.dtype.size_in_bytes()) as Address;
                 self.low_rank(layer, kind, out, 2 * inner, places.normed, scales, rows)?;
             }
-            self.kernels.swiglu(places.active, places.gate_up, rows, inner)?;
-            self.kernels
-                .linear(x, places.active, w.down, (rows, hidden, inner), true)?;
-            self.low_rank(layer, LinearKind::DownProj, x, hidden, places.active, scales, rows)
+            self.kernels.swiglu(places.active, places.gate_up, rows, inner)
         }
     }
 

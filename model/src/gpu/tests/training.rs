@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor, Var};
 
 use crate::lora::Dropout;
 use crate::network::TrainPass;
-use crate::testing::{adapter, adapter_from, adapter_of, weights};
+use crate::testing::{adapter, adapter_from, weights};
 use crate::{Adapter, Llama, ModelConfig, cross_entropy};
 
 /// More than a tile of queries, one token, and a few.
@@ -51,9 +51,9 @@ fn configs() -> Vec<(&'static str, ModelConfig)> {
 
 /// Where the GPU path runs. A build with CUDA needs a GPU, unless LENGTHWISE_NO_GPU is set.
 fn devices() -> Result<Vec<Device>> {
-    let mut devices = Vec::new();
-    #[cfg(feature = "kernel-emulation")]
-    devices.push(Device::Cpu);
+    let emulated = cfg!(feature = "kernel-emulation").then_some(Device::Cpu);
+    #[cfg_attr(not(feature = "cuda"), allow(unused_mut))]
+    let mut devices: Vec<Device> = emulated.into_iter().collect();
     #[cfg(feature = "cuda")]
     match Device::new_cuda_with_stream(0) {
         Ok(device) => devices.push(device),

@@ -6,8 +6,8 @@ use super::layer::{GpuLayer, Kept};
 use super::pool::Rows;
 use super::terms::{Low, Strided};
 use super::{Locked, Place};
-use crate::gpu::backend::Address;
 use crate::gpu::kernels::PackedGrads;
+use crate::gpu::work::Address;
 use crate::lora::LinearKind::{self, DownProj, GateProj, KProj, OProj, QProj, UpProj, VProj};
 
 /// The terms of a pass, their factors and those' gradients.

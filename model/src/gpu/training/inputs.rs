@@ -4,8 +4,9 @@ use candle_core::{DType, Result};
 
 use super::NO_ROW;
 use crate::gpu::Gpu;
-use crate::gpu::backend::{Address, Buffer};
+use crate::gpu::backend::Buffer;
 use crate::gpu::kernels::{Tiles, packed_tile};
+use crate::gpu::work::Address;
 use crate::lora::AdaptedRows;
 
 /// The inputs of one pass on the device.

@@ -16,9 +16,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use candle_core::{DType, Result};
 
 use super::Gpu;
-use super::backend::Address;
 use super::kernels::Kernels;
 use super::weights::GpuWeights;
+use super::work::Address;
 use crate::ModelConfig;
 use crate::network::Llama;
 use pool::{Pool, Rows};

@@ -6,7 +6,8 @@ use candle_core::Result;
 
 use super::Place;
 use crate::gpu::Gpu;
-use crate::gpu::backend::{Address, Buffer};
+use crate::gpu::backend::Buffer;
+use crate::gpu::work::Address;
 
 /// Memory of a pass.
 pub(crate) struct Rows {

@@ -5,8 +5,8 @@ use candle_core::Result;
 use super::layer::GpuLayer;
 use super::pool::Rows;
 use super::{Locked, Place};
-use crate::gpu::backend::Address;
 use crate::gpu::kernels::{Drop, Factor};
+use crate::gpu::work::Address;
 use crate::lora::{LinearKind, Term};
 
 /// Rows of a linear layer's input or output: where they begin, and the elements from one to the next.

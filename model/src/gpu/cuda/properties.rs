@@ -1,0 +1,43 @@
+//! What a GPU has, and whether its kernels may begin early.
+
+use std::sync::Arc;
+
+use candle_core::cuda_backend::cudarc::driver::CudaContext;
+use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute};
+use candle_core::{Error, Result};
+
+/// Properties of a GPU.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Properties {
+    pub multiprocessors: usize,
+    /// Bytes of shared memory that a block may have where it asks for them.
+    pub most_shared: usize,
+    /// Kernels may be launched before the one ahead has ended (programmatic dependent launch, from compute capability 9.0
+    /// on): each waits itself, `after_earlier` in common.cuh.
+    pub launches_early: bool,
+}
+
+impl Properties {
+    /// # Errors
+    /// The driver does not tell.
+    pub fn of(context: &Arc<CudaContext>) -> Result<Self> {
+        use CUdevice_attribute::*;
+        let attribute = |which| context.attribute(which).map_err(Error::wrap);
+        Ok(Self {
+            multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            most_shared: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
+            launches_early: attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9,
+        })
+    }
+}
+
+/// The attribute of a launch that lets the kernel begin early.
+pub(super) fn early_launch() -> sys::CUlaunchAttribute {
+    let mut value = sys::CUlaunchAttributeValue { pad: [0; 64] };
+    value.programmaticStreamSerializationAllowed = 1;
+    sys::CUlaunchAttribute {
+        id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+        pad: [0; 4],
+        value,
+    }
+}

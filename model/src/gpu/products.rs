@@ -1,0 +1,158 @@
+//! Which way a pass multiplies each of its weights by few rows: by cuBLAS or by the kernel for them, whichever took less
+//! time on this device.
+
+use candle_core::{DType, Result, bail};
+
+use super::kernels::{FEW_ROWS_MOST, Outputs};
+
+/// What a pass multiplies by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Projection {
+    Qkv,
+    O,
+    GateUp,
+    Down,
+    Head,
+}
+
+impl Projection {
+    pub const ALL: [Self; 5] = [Self::Qkv, Self::O, Self::GateUp, Self::Down, Self::Head];
+}
+
+/// How a product is computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    Blas,
+    FewRows(Outputs),
+}
+
+impl Way {
+    const ALL: [Self; 3] = [
+        Self::Blas,
+        Self::FewRows(Outputs::Sixteen),
+        Self::FewRows(Outputs::ThirtyTwo),
+    ];
+}
+
+/// Numbers of rows that the kernel is compiled for; a way is chosen for each.
+const SIZES: [usize; 3] = [8, 16, FEW_ROWS_MOST];
+
+/// cuBLAS is chosen where it takes less than so much of the kernel's time: the kernel gives a row the same sums in every
+/// batch that it computes, and the choice shall not hang on noise.
+const CLEARLY_FASTER: f64 = 0.95;
+
+/// Names the way for all products of few rows, `blas` or `kernel`, instead of measuring.
+const VARIABLE: &str = "LENGTHWISE_GPU_PRODUCTS";
+
+/// The ways of a model's products on a device.
+#[derive(Debug, Clone)]
+pub(crate) struct Products {
+    ways: [[Way; Projection::ALL.len()]; SIZES.len()],
+    /// By measurement, or because there is nothing to choose.
+    pub chosen: bool,
+}
+
+impl Products {
+    /// Before anything is measured: the kernel, with small tiles for the weights that have many.
+    ///
+    /// # Errors
+    /// The environment names a way that there is not.
+    pub fn new(dtype: DType) -> Result<Self> {
+        let named = std::env::var(VARIABLE).ok();
+        let (kernel, chosen) = match named.as_deref() {
+            _ if dtype.size_in_bytes() != 2 => (false, true),
+            None => (true, false),
+            Some("kernel") => (true, true),
+            Some("blas") => (false, true),
+            Some(other) => bail!("{VARIABLE}={other}: blas and kernel are the ways there are"),
+        };
+        let way = |projection: Projection| match projection {
+            _ if !kernel => Way::Blas,
+            Projection::Qkv | Projection::GateUp | Projection::Head => Way::FewRows(Outputs::Sixteen),
+            Projection::O | Projection::Down => Way::FewRows(Outputs::ThirtyTwo),
+        };
+        Ok(Self {
+            ways: [Projection::ALL.map(way); SIZES.len()],
+            chosen,
+        })
+    }
+
+    /// How `rows` rows are multiplied by a weight.
+    pub fn way(&self, projection: Projection, rows: usize) -> Way {
+        SIZES
+            .iter()
+            .position(|size| rows <= *size)
+            .map_or(Way::Blas, |size| self.ways[size][projection as usize])
+    }
+
+    /// Chooses by measurement for passes of up to `rows` rows.
+    ///
+    /// - `time`: seconds that a weight's products take in a way, with so many rows
+    ///
+    /// # Errors
+    /// `time`'s.
+    pub fn measure(&mut self, rows: usize, mut time: impl FnMut(Projection, usize, Way) -> Result<f64>) -> Result<()> {
+        let mut smaller = 0;
+        for (ways, size) in self.ways.iter_mut().zip(SIZES) {
+            if rows <= smaller {
+                break;
+            }
+            for projection in Projection::ALL {
+                let mut seconds = [0.0; Way::ALL.len()];
+                for (way, seconds) in Way::ALL.iter().zip(&mut seconds) {
+                    *seconds = time(projection, size.min(rows), *way)?;
+                }
+                ways[projection as usize] = fastest(seconds);
+                tracing::debug!(?projection, rows = size, ?seconds, chosen = ?ways[projection as usize], "product");
+            }
+            smaller = size;
+        }
+        self.chosen = true;
+        Ok(())
+    }
+}
+
+/// Of the seconds of [`Way::ALL`].
+fn fastest(seconds: [f64; Way::ALL.len()]) -> Way {
+    let [blas, small, large] = seconds;
+    match () {
+        () if blas < CLEARLY_FASTER * small.min(large) => Way::Blas,
+        () if small <= large => Way::FewRows(Outputs::Sixteen),
+        () => Way::FewRows(Outputs::ThirtyTwo),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_weight_is_multiplied_the_way_that_took_least() -> Result<()> {
+        let mut products = Products::new(DType::BF16)?;
+        // cuBLAS wins by far for the head, and not clearly for the others; large tiles win for 8 rows.
+        products.measure(13, |projection, rows, way| {
+            Ok(match way {
+                Way::Blas if projection == Projection::Head => 0.5,
+                Way::Blas => 0.96,
+                Way::FewRows(Outputs::Sixteen) => 1.0,
+                Way::FewRows(Outputs::ThirtyTwo) => 1.0 + (rows as f64 - 8.5) / 10.0,
+            })
+        })?;
+        let kernel = Way::FewRows;
+        assert_eq!(products.way(Projection::Head, 3), Way::Blas);
+        assert_eq!(products.way(Projection::O, 8), kernel(Outputs::ThirtyTwo));
+        assert_eq!(products.way(Projection::O, 9), kernel(Outputs::Sixteen));
+        // More rows than a pass may have were not measured; more than the kernel takes are cuBLAS'.
+        assert_eq!(products.way(Projection::Down, 32), kernel(Outputs::ThirtyTwo));
+        assert_eq!(products.way(Projection::Down, 33), Way::Blas);
+        Ok(())
+    }
+
+    #[test]
+    fn the_kernel_takes_no_f32() -> Result<()> {
+        let products = Products::new(DType::F32)?;
+        assert!(products.chosen);
+        assert_eq!(products.way(Projection::Qkv, 1), Way::Blas);
+        Ok(())
+    }
+}
