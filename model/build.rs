@@ -24,6 +24,7 @@ fn compile_kernels() -> Result<(), Box<dyn std::error::Error>> {
     if capability < 80 {
         return Err(format!("the kernels need a GPU of compute capability 8.0 or higher, not {capability}").into());
     }
+    println!("cargo:rustc-env=KERNELS_CAPABILITY={capability}");
     let output = std::path::Path::new(&std::env::var("OUT_DIR")?).join("kernels.fatbin");
     let mut nvcc = std::process::Command::new(cudaforge::CudaToolkit::detect()?.nvcc_path);
     nvcc.args(["-std=c++17", "-O3", "--fatbin"]);

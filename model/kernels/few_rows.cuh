@@ -19,7 +19,8 @@
 template <typename T, int ROWS, int OUTPUTS> struct FewRows {
     // Steps of a warp on their way and in use, 8 KiB of the weight.
     static constexpr int DEPTH = 128 / OUTPUTS;
-    static constexpr int CHUNKS = FEW_ROWS_STEP / 8;
+    // A lane copies the same 16 bytes of every eighth row.
+    static constexpr int CHUNKS = FEW_ROWS_STEP / 8, LANE_ROWS = 32 / CHUNKS;
     using Step = Tile<T, FEW_ROWS_STEP>;
 
     const T *x, *w;
@@ -32,11 +33,11 @@ template <typename T, int ROWS, int OUTPUTS> struct FewRows {
     __device__ int width() const { return gated ? OUTPUTS / 2 : OUTPUTS; }
     __device__ int tiles() const { return (outputs + width() - 1) / width(); }
 
-    // The weight's row that is a tile's row `i`; none where it is behind the last. A gated tile's rows are eight of gate
-    // and eight of up in turn.
-    __device__ int weight_row(int tile, int i, bool *there) const {
+    // The weight's row that is a tile's row `i`; a gated tile's are eight of gate and eight of up in turn. Behind the last
+    // some other: what comes of it is not written.
+    __device__ int weight_row(int tile, int i) const {
         const int output = tile * width() + (gated ? i / 16 * 8 + i % 8 : i);
-        *there = output < outputs;
+        if (output >= outputs) return 0;
         return output + (gated && i % 16 >= 8 ? outputs : 0);
     }
 
@@ -47,42 +48,65 @@ template <typename T, int ROWS, int OUTPUTS> struct FewRows {
     __device__ Step x_tile(int warp, int slot, int step) const {
         return {xs + (x_kept ? step : warp * DEPTH + slot) * ROWS * FEW_ROWS_STEP};
     }
-
-    // Begins to copy a step of the weight, by a warp.
-    __device__ void copy_weight(int tile, int step, int warp, int slot) const {
-        const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, input = step * FEW_ROWS_STEP + chunk * 8;
-        const Step to = weight_tile(warp, slot);
-#pragma unroll
-        for (int i = lane / CHUNKS; i < OUTPUTS; i += 32 / CHUNKS) {
-            bool there;
-            const int row = weight_row(tile, i, &there);
-            there = there && input < inputs;
-            copy_async(to.chunk(i, chunk), there ? w + (size_t)row * inputs + input : w, there);
-        }
-    }
-
-    // Begins to copy the same inputs of x, by a warp.
-    __device__ void copy_x(int step, int warp, int slot) const {
-        const int lane = threadIdx.x % 32, chunk = lane % CHUNKS, input = step * FEW_ROWS_STEP + chunk * 8;
-        const Step to = x_tile(warp, slot, step);
-#pragma unroll
-        for (int i = lane / CHUNKS; i < ROWS; i += 32 / CHUNKS) {
-            const bool there = i < rows && input < inputs;
-            copy_async(to.chunk(i, chunk), there ? x + (size_t)i * inputs + input : x, there);
-        }
-    }
 };
 
-// A warp's place among its steps: which it copies next.
-struct FewRowsCursor {
+// Which step a warp copies next, and where a lane finds its 16 bytes of each row of it.
+template <typename T, int ROWS, int OUTPUTS> struct FewRowsCursor {
+    using Product = FewRows<T, ROWS, OUTPUTS>;
+    static constexpr int WEIGHT_COPIES = OUTPUTS / Product::LANE_ROWS, X_COPIES = ROWS / Product::LANE_ROWS;
+    const Product &p;
+    const int warp, steps, tiles, lane_row, chunk;
     int tile, step;
+    const T *weight[WEIGHT_COPIES], *x[X_COPIES];
 
-    __device__ void advance(int warp, int steps) {
-        step += FEW_ROWS_WARPS;
-        if (step >= steps) {
-            step = warp;
-            tile += gridDim.x;
+    __device__ FewRowsCursor(const Product &p, int warp)
+        : p(p), warp(warp), steps(p.steps()), tiles(p.tiles()), lane_row(threadIdx.x % 32 / Product::CHUNKS),
+          chunk(threadIdx.x % Product::CHUNKS), tile(blockIdx.x), step(warp) {
+        if (step >= steps) tile = tiles; // A warp that has no step at all copies none.
+#pragma unroll
+        for (int i = 0; i < X_COPIES; i++) {
+            const int row = lane_row + i * Product::LANE_ROWS;
+            // Behind the last some other, as of the weight.
+            x[i] = p.x + (size_t)(row < p.rows ? row : 0) * p.inputs + chunk * 8;
         }
+        aim();
+    }
+
+    __device__ void aim() {
+#pragma unroll
+        for (int i = 0; i < WEIGHT_COPIES; i++)
+            weight[i] = p.w + (size_t)p.weight_row(tile, lane_row + i * Product::LANE_ROWS) * p.inputs + chunk * 8;
+    }
+
+    __device__ void advance() {
+        step += FEW_ROWS_WARPS;
+        if (step < steps) return;
+        step = warp;
+        tile += gridDim.x;
+        aim();
+    }
+
+    // Behind the last input there are zeros.
+    __device__ bool there() const { return step * FEW_ROWS_STEP + chunk * 8 < p.inputs; }
+
+    // Begins to copy the step of the weight.
+    __device__ void copy_weight(int slot) const {
+        if (tile >= tiles) return;
+        const auto to = p.weight_tile(warp, slot);
+#pragma unroll
+        for (int i = 0; i < WEIGHT_COPIES; i++)
+            copy_async(to.chunk(lane_row + i * Product::LANE_ROWS, chunk),
+                       there() ? weight[i] + step * FEW_ROWS_STEP : p.w, there());
+    }
+
+    // Begins to copy the same inputs of x, where they are not there from the tile before.
+    __device__ void copy_x(int slot) const {
+        if (tile >= tiles || (p.x_kept && tile != (int)blockIdx.x)) return;
+        const auto to = p.x_tile(warp, slot, step);
+#pragma unroll
+        for (int i = 0; i < X_COPIES; i++)
+            copy_async(to.chunk(lane_row + i * Product::LANE_ROWS, chunk),
+                       there() ? x[i] + step * FEW_ROWS_STEP : p.x, there());
     }
 };
 
@@ -137,32 +161,28 @@ __device__ void few_rows(void *out, const T *x, const T *w, int rows, int output
     const int warp = threadIdx.x / 32, steps = p.steps(), tiles = p.tiles();
     float *parts = reinterpret_cast<float *>(xs + (x_kept ? steps : FEW_ROWS_WARPS * DEPTH) * ROWS * FEW_ROWS_STEP);
 
-    // A warp that has no step at all copies none.
-    FewRowsCursor next = {warp < steps ? (int)blockIdx.x : tiles, warp};
+    FewRowsCursor<T, ROWS, OUTPUTS> weight(p, warp);
+    auto next = weight;
     // The weight is nobody's output: its first steps may come before the kernel ahead has ended. x may not.
-    FewRowsCursor first = next;
 #pragma unroll
-    for (int slot = 0; slot < DEPTH - 1; slot++, first.advance(warp, steps))
-        if (first.tile < tiles) p.copy_weight(first.tile, first.step, warp, slot);
+    for (unsigned slot = 0; slot < DEPTH - 1; slot++, weight.advance()) weight.copy_weight(slot);
     after_earlier();
 #pragma unroll
-    for (int slot = 0; slot < DEPTH - 1; slot++, next.advance(warp, steps)) {
-        if (next.tile < tiles && (!p.x_kept || next.tile == (int)blockIdx.x)) p.copy_x(next.step, warp, slot);
+    for (unsigned slot = 0; slot < DEPTH - 1; slot++, next.advance()) {
+        next.copy_x(slot);
         commit_copies();
     }
 
-    int slot = 0;
+    unsigned slot = 0;
     for (int tile = blockIdx.x, turn = 0; tile < tiles; tile += gridDim.x, turn ^= 1) {
         float sums[OUTPUTS / 16][ROWS / 8][4] = {};
         for (int step = warp; step < steps; step += FEW_ROWS_WARPS, slot = (slot + 1) % DEPTH) {
             wait_for_copies<DEPTH - 2>();
             __syncwarp(); // Every lane's copies of this step are there, and the slot that is filled next has been read.
-            const int filled = (slot + DEPTH - 1) % DEPTH;
-            if (next.tile < tiles) {
-                p.copy_weight(next.tile, next.step, warp, filled);
-                if (!p.x_kept || next.tile == (int)blockIdx.x) p.copy_x(next.step, warp, filled);
-                next.advance(warp, steps);
-            }
+            const unsigned filled = (slot + DEPTH - 1) % DEPTH;
+            next.copy_weight(filled);
+            next.copy_x(filled);
+            next.advance();
             commit_copies(); // Empty behind the last, for the count of groups.
             multiply_step<T, ROWS, OUTPUTS>(sums, p.weight_tile(warp, slot), p.x_tile(warp, slot, step));
         }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Builds what run.sh takes to a machine with a GPU, on one that has neither GPU, driver nor CUDA toolkit:
 #
-#   scripts/gpu/build.sh            # into target/gpu: lengthwise, kernel-tests
+#   scripts/gpu/build.sh            # target/gpu: lengthwise, kernel-tests; target/gpu.tar.xz: both, to be taken along
 #
 # CUDA_COMPUTE_CAP: of the GPU (90 for H100 and H200). CUDA_TOOLCHAIN: where toolchain.sh puts nvcc. With a CUDA toolkit of
 # your own, `cargo build --release --features cuda` is all it takes.
@@ -17,4 +17,5 @@ mkdir -p target/gpu
 cp target/cuda/release/lengthwise target/gpu/lengthwise
 cp "$tests" target/gpu/kernel-tests
 strip target/gpu/lengthwise target/gpu/kernel-tests
-ls -l target/gpu
+tar cJf target/gpu.tar.xz -C target gpu
+ls -l target/gpu target/gpu.tar.xz

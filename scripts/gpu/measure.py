@@ -49,6 +49,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
     workload, adapter, pairs = args.output / "workload.jsonl", args.output / "adapter", args.output / "pairs.jsonl"
     sorting = ["--vbs", "--fcr", "--planner", "published,cost", "--noise-mae", "62"]
     made = [] if args.dry else ["make_7b"]
+    tests = ["gpu", "--test-threads", "1"]
+    sanitizer = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "3", "--tool"]
     profile = [lengthwise, "profile", *common, "--batch-sizes"]
     # The ways that products of few rows are computed, and what each took, go to profile.err.
     chosen, by_blas = ["env", "RUST_LOG=lengthwise_model::gpu::products=debug"], ["env", "LENGTHWISE_GPU_PRODUCTS=blas"]
@@ -66,7 +68,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     trained += ["--dtype", dtype, *(["--shapes", "2x64", "--steps", "2"] if args.dry else ["--shapes", "8x512", "--steps", "5"])]
     return [
         Part("machine", 20, ["nvidia-smi"] if not args.dry else ["uname", "-a"]),
-        Part("kernels", 90, [args.kernel_tests, "gpu", "--test-threads", "1"]),
+        Part("kernels", 90, [args.kernel_tests, *tests]),
         Part("copy_rate", 60, [python, str(HERE / "copy_rate.py")]),
         Part("answers", 60, [str(HERE / "same_answers.sh"), lengthwise, device]),
         *([] if args.dry else [Part("make_7b", 120, [python, str(HERE / "make_7b.py"), model])]),
@@ -95,6 +97,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("profile_blas", 60, [*by_blas, *profile, sizes.split(",")[1], "--contexts", "128"], made),
         Part("sorted_16", 150, [*bench, "--strategy", "seqsch", *sorting, "--batch-size", "16", "--num", str(few)], made),
         Part("continuous_64", 90, continuous(64, many), made),
+        Part("memcheck", 150, [*sanitizer, "memcheck", args.kernel_tests, *tests]),
+        Part("racecheck", 150, [*sanitizer, "racecheck", args.kernel_tests, *tests]),
         Part("vanilla_all", 240, [*bench, "--strategy", "vanilla", "--batch-size", "16", "--num", str(many)], made),
     ]
 
@@ -164,6 +168,15 @@ def write(output: Path, results: dict) -> None:
     (output / "results.md").write_text("\n".join(lines) + "\n")
 
 
+def commit() -> str:
+    """Of the working tree; empty where it is a copy, or there is no git."""
+    try:
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return asked.stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
@@ -179,8 +192,7 @@ def main() -> None:
     args.lengthwise = with_libraries(args.lengthwise, args.output)
     args.kernel_tests = with_libraries(args.kernel_tests, args.output)
     only = args.only.split(",") if args.only else None
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    results = {"commit": os.environ.get("COMMIT", commit), "dry": args.dry, "parts": {}}
+    results = {"commit": os.environ.get("COMMIT") or commit(), "dry": args.dry, "parts": {}}
     ends = time.monotonic() + args.seconds
     for part in parts(args):
         if only and part.name not in only:

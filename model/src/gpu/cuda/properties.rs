@@ -13,7 +13,7 @@ pub(crate) struct Properties {
     /// Bytes of shared memory that a block may have where it asks for them.
     pub most_shared: usize,
     /// Kernels may be launched before the one ahead has ended (programmatic dependent launch, from compute capability 9.0
-    /// on): each waits itself, `after_earlier` in common.cuh.
+    /// on): each waits itself, `after_earlier` in common.cuh, if it was compiled for that.
     pub launches_early: bool,
 }
 
@@ -26,9 +26,14 @@ impl Properties {
         Ok(Self {
             multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             most_shared: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
-            launches_early: attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9,
+            launches_early: compiled_for() >= 90 && attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9,
         })
     }
+}
+
+/// The compute capability that the kernels were compiled for, times ten.
+fn compiled_for() -> usize {
+    env!("KERNELS_CAPABILITY").parse().unwrap_or(0)
 }
 
 /// The attribute of a launch that lets the kernel begin early.
