@@ -57,6 +57,11 @@ impl Sequences {
         Self { spans, positions }
     }
 
+    /// The same sequences, of which the packed rows `asked`, ascending, ask.
+    pub fn asked_by(&self, asked: &[u32]) -> Self {
+        Self::asked(&self.spans.iter().map(|span| span.rows).collect::<Vec<_>>(), asked)
+    }
+
     /// How many tokens ask.
     pub fn queries(&self) -> usize {
         self.positions.len()

@@ -239,6 +239,18 @@ pub(crate) struct Mask {
 }
 
 impl Mask {
+    /// The same of these rows alone, of `width` elements each.
+    pub fn of_rows(&self, rows: &[u32], width: usize) -> Self {
+        let mut kept = vec![0u64; (rows.len() * width).div_ceil(64)];
+        let from = rows
+            .iter()
+            .flat_map(|&row| (0..width).map(move |i| row as usize * width + i));
+        for (to, from) in from.enumerate() {
+            kept[to / 64] |= (self.kept[from / 64] >> (from % 64) & 1) << (to % 64);
+        }
+        Self { kept, ..*self }
+    }
+
     /// Drops and scales the elements of `x`.
     pub fn apply(&self, x: &mut [f32]) {
         for (bits, x) in self.kept.iter().zip(x.chunks_mut(64)) {

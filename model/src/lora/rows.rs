@@ -35,6 +35,12 @@ impl AdaptedRows {
         self.all[row]
     }
 
+    /// The packed rows that it changes, ascending.
+    pub fn changed(&self) -> Vec<u32> {
+        let rows = self.all.iter().zip(0..);
+        rows.filter(|(changed, _)| **changed).map(|(_, row)| row).collect()
+    }
+
     /// Of `rows` rows, which are all or those that are read.
     fn among(&self, rows: usize) -> &[bool] {
         if rows == self.all.len() { &self.all } else { &self.read }
@@ -106,6 +112,7 @@ mod tests {
         let sequences = [(3, 1), (2, usize::MAX), (1, 0)];
         let rows = AdaptedRows::new(sequences.into_iter(), [0, 4, 5].into_iter()).expect("some are without");
         assert_eq!(rows.runs(6), [1..3, 5..6]);
+        assert_eq!(rows.changed(), [1, 2, 5]);
         // The rows 0, 4 and 5, which are read.
         assert!(rows.runs(3).iter().eq([&(2..3)]));
         let mut low: Vec<f32> = (1..=12).map(|i| i as f32).collect();

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use super::{Adapter, LinearKind};
 
 /// Which linear layers of a block have a low-rank term, and where its factors lie among those of all layers.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Terms {
     terms: Vec<Term>,
     /// `alpha / rank`.

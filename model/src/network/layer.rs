@@ -5,6 +5,7 @@
 //! `block.rs` says the same in candle's operations, which keep the inputs and outputs of each; the tests compare the two.
 
 mod backward;
+mod changed;
 mod low_rank;
 mod operation;
 #[cfg(test)]
@@ -32,6 +33,7 @@ pub(super) struct Read {
 }
 
 /// A layer with its part of the adapter.
+#[derive(Clone)]
 struct LayerOp {
     block: Block,
     read: Read,
@@ -40,12 +42,14 @@ struct LayerOp {
     terms: Terms,
     /// The rows that the adapter changes, where that is not all.
     adapted: Option<Arc<AdaptedRows>>,
+    /// Those rows, where the backward pass stays within them.
+    changed: Option<Read>,
     /// Probability and seed.
     dropout: Option<(f64, u64)>,
     scratch: Arc<Scratch>,
 }
 
-/// What the backward pass reads of the forward pass. `t` tokens, `n` of them read.
+/// What the backward pass reads of the forward pass. `t` tokens, `n` of them read by the backward pass.
 struct Kept {
     /// Queries, `[n, heads * head_dim]`, as their linear layer gave them.
     q: Vec<f32>,
@@ -104,7 +108,7 @@ impl Layer for LayerOp {
         deep: bool,
         dfactors: &mut [f32],
     ) -> Result<Option<Vec<f32>>> {
-        self.run_back(x, kept, grad, deep, dfactors)
+        self.as_read_back().run_back(x, kept, grad, deep, dfactors)
     }
 
     fn give(&self, rows: Vec<f32>) {
@@ -143,7 +147,7 @@ impl LayerOp {
         scratch.give([turned_q, turned_k]);
 
         let hidden = self.width(LinearKind::DownProj);
-        let mut middle = self.pick(x, hidden).unwrap_or_else(|| scratch.copy(x));
+        let mut middle = self.read_of(x, hidden).unwrap_or_else(|| scratch.copy(x));
         self.add_linear(LinearKind::OProj, &mixed, &mut middle);
         low.add(LinearKind::OProj, &mixed, &mut middle);
 
@@ -170,7 +174,7 @@ impl LayerOp {
             up,
             low,
         };
-        Ok((output, kept))
+        Ok((output, self.changed_of(kept)))
     }
 
     fn queries_keys_values(&self, x: &[f32], low: &mut Forward) -> Result<[Vec<f32>; 3]> {
@@ -181,7 +185,7 @@ impl LayerOp {
         let take = |rows: usize, kind| self.scratch.take(rows * self.width(kind));
         let mut q = take(self.read.sequences.queries(), QProj);
         let (mut k, mut v) = (take(tokens, KProj), take(tokens, VProj));
-        let asking = self.pick(&normed, hidden);
+        let asking = self.read_of(&normed, hidden);
         match &asking {
             None => self.linears(&normed, &mut [(QProj, &mut q), (KProj, &mut k), (VProj, &mut v)])?,
             Some(asking) => {
@@ -209,13 +213,17 @@ impl LayerOp {
     }
 
     /// The rows of `data` that are read, where that is not all.
-    fn pick(&self, data: &[f32], width: usize) -> Option<Vec<f32>> {
+    fn read_of(&self, data: &[f32], width: usize) -> Option<Vec<f32>> {
         let rows = self.read.rows.as_ref()?;
+        Some(self.pick(rows, data, width))
+    }
+
+    fn pick(&self, rows: &[u32], data: &[f32], width: usize) -> Vec<f32> {
         let mut picked = self.scratch.take(rows.len() * width);
-        for (to, &row) in picked.chunks_exact_mut(width).zip(rows.iter()) {
+        for (to, &row) in picked.chunks_exact_mut(width).zip(rows) {
             to.copy_from_slice(&data[row as usize * width..][..width]);
         }
-        Some(picked)
+        picked
     }
 
     fn normed(&self, x: &[f32], weight: &Tensor) -> Result<Vec<f32>> {

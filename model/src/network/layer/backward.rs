@@ -43,8 +43,7 @@ impl LayerOp {
         let mut dx = None;
         if below {
             let grads = self.attention_backward(&kept, &dmixed, deep)?;
-            dx = self.input_backward(x, &grads, &dmiddle, deep, &mut factors)?;
-            scratch.give(grads.into_iter().flatten());
+            dx = self.input_backward(x, grads, &dmiddle, deep, &mut factors)?;
         }
         scratch.give([dmiddle, dmixed]);
         kept.low = factors.low;
@@ -105,47 +104,53 @@ impl LayerOp {
     fn input_backward(
         &self,
         x: &[f32],
-        [dq, dk, dv]: &[Option<Vec<f32>>; 3],
+        [dq, dk, dv]: [Option<Vec<f32>>; 3],
         dmiddle: &[f32],
         deep: bool,
         factors: &mut Factors,
     ) -> Result<Option<Vec<f32>>> {
-        let (scratch, norm) = (&self.scratch, &self.block.input_norm);
-        let hidden = self.width(DownProj);
+        let (scratch, norm, hidden) = (&self.scratch, &self.block.input_norm, self.width(DownProj));
+        let picked = self.inputs_back().map(|rows| self.pick(rows, x, hidden));
+        let inputs = picked.as_deref().unwrap_or(x);
+        let [dk, dv] = [(KProj, dk), (VProj, dv)].map(|(kind, grad)| self.of_inputs(kind, grad));
         let normed = match self.terms.has_any(&[QProj, KProj, VProj]) {
-            true => Some(self.normed(x, norm)?),
+            true => Some(self.normed(inputs, norm)?),
             false => None,
         };
-        let asking = normed.as_ref().and_then(|normed| self.pick(normed, hidden));
-        let mut dnormed = deep.then(|| scratch.take(x.len()));
-        // Where not all are read, the queries have rows of their own.
-        let of_all: Vec<(LinearKind, &[f32])> = [(QProj, dq), (KProj, dk), (VProj, dv)]
+        let mut dnormed = deep.then(|| scratch.take(inputs.len()));
+        let apart = self.asking_apart();
+        let of_inputs: Vec<(LinearKind, &[f32])> = [(QProj, &dq), (KProj, &dk), (VProj, &dv)]
             .into_iter()
-            .filter(|(kind, _)| self.read.rows.is_none() || *kind != QProj)
+            .filter(|(kind, _)| apart.is_none() || *kind != QProj)
             .filter_map(|(kind, grad)| Some((kind, grad.as_deref()?)))
             .collect();
-        self.through(&of_all, normed.as_deref(), dnormed.as_deref_mut(), factors);
-        if let (Some(rows), Some(dq)) = (&self.read.rows, dq) {
-            let mut part = deep.then(|| scratch.take(rows.len() * hidden));
-            self.through(&[(QProj, dq)], asking.as_deref(), part.as_deref_mut(), factors);
+        self.through(&of_inputs, normed.as_deref(), dnormed.as_deref_mut(), factors);
+        if let (Some((rows, places)), Some(dq)) = (&apart, &dq) {
+            let asking = self.pick(rows, x, hidden);
+            let normed = self.normed(&asking, norm)?;
+            let mut part = deep.then(|| scratch.take(asking.len()));
+            self.through(&[(QProj, dq)], Some(&normed), part.as_deref_mut(), factors);
             if let (Some(dnormed), Some(part)) = (&mut dnormed, &part) {
-                add_rows(dnormed, rows, part, hidden);
+                add_rows(dnormed, places, part, hidden);
             }
-            scratch.give(part);
+            scratch.give(part.into_iter().chain([asking, normed]));
         }
-        scratch.give(normed.into_iter().chain(asking));
-        let Some(dnormed) = dnormed else { return Ok(None) };
-        let mut dx = match &self.read.rows {
+        scratch.give([dq, dk, dv, normed].into_iter().flatten());
+        let Some(dnormed) = dnormed else {
+            scratch.give(picked);
+            return Ok(None);
+        };
+        let mut dx = match &apart {
             None => scratch.copy(dmiddle),
-            Some(rows) => {
-                let mut dx = scratch.take(x.len());
+            Some((_, places)) => {
+                let mut dx = scratch.take(inputs.len());
                 dx.fill(0.0);
-                add_rows(&mut dx, rows, dmiddle, hidden);
+                add_rows(&mut dx, places, dmiddle, hidden);
                 dx
             }
         };
-        self.add_norm_backward(x, norm, &dnormed, &mut dx)?;
-        scratch.give([dnormed]);
+        self.add_norm_backward(inputs, norm, &dnormed, &mut dx)?;
+        scratch.give(picked.into_iter().chain([dnormed]));
         Ok(Some(dx))
     }
 
@@ -173,7 +178,7 @@ impl LayerOp {
                     (input, grad),
                     factors.grads,
                     dx,
-                    self.adapted.as_deref(),
+                    self.adapted_back(kind),
                     &self.scratch,
                 );
             }
@@ -208,10 +213,11 @@ impl LayerOp {
     }
 }
 
-/// Adds row i of `part` to row `rows[i]` of `sum`.
-fn add_rows(sum: &mut [f32], rows: &[u32], part: &[f32], width: usize) {
-    for (part, &row) in part.chunks_exact(width).zip(rows) {
-        let sum = &mut sum[row as usize * width..][..width];
+/// Adds row i of `part` to row `places[i]` of `sum`, where it has one there.
+fn add_rows(sum: &mut [f32], places: &[Option<usize>], part: &[f32], width: usize) {
+    for (part, place) in part.chunks_exact(width).zip(places) {
+        let Some(place) = place else { continue };
+        let sum = &mut sum[place * width..][..width];
         sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
     }
 }

@@ -75,12 +75,12 @@ impl Terms {
 
 /// What the backward pass reads of a term's forward pass.
 pub(super) struct LowRank {
-    term: Term,
+    pub term: Term,
     a: PackedMatrix,
     b: PackedMatrix,
     /// `scale * A x`, `[t, rank]`.
-    low: Vec<f32>,
-    mask: Option<Mask>,
+    pub low: Vec<f32>,
+    pub mask: Option<Mask>,
 }
 
 impl LowRank {

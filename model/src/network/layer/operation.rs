@@ -34,9 +34,18 @@ impl Training<'_> {
     ///
     /// - `blocks`: one or more layers, numbered from `first`; all tokens are read of all but the last of them
     /// - `x`: `[tokens, hidden]`
+    ///
+    /// Where `x` wants no gradient and not all rows are read at the end, the backward pass stays within the rows that the
+    /// adapter changes.
     pub fn run(&self, blocks: &[Block], first: usize, x: &Tensor, [all, last]: [&Read; 2]) -> Result<Tensor> {
         let numbers = first..first + blocks.len();
         let factors = lora::flat_factors(self.adapter, numbers.clone(), x.device())?;
+        let narrows = factors.track_op() && !x.track_op() && last.rows.is_some();
+        let changed = self
+            .adapted
+            .as_deref()
+            .filter(|_| narrows)
+            .and_then(|adapted| all.changed(adapted));
         let mut start = 0;
         let layers = blocks.iter().zip(numbers.clone()).map(|(block, number)| {
             let terms = Terms::of(self.adapter, number, start)?;
@@ -49,6 +58,7 @@ impl Training<'_> {
                 dropout: self.dropout.and_then(Dropout::fork),
                 scratch: self.scratch.clone(),
                 adapted: self.adapted.clone(),
+                changed: changed.clone(),
                 terms,
             })
         });

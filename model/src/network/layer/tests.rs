@@ -189,3 +189,64 @@ fn dropout_drops_the_same_forward_backward_and_in_the_composed_layer() -> anyhow
     }
     Ok(())
 }
+
+/// The factors' gradients of all layers, of a pass whose input wants a gradient, and with it every row, or does not.
+fn of_all_layers(case: &Case, input: &Tensor) -> anyhow::Result<Vec<(String, Tensor)>> {
+    let llama = crate::testing::network(&case.config)?;
+    let adapter = crate::testing::adapter_of(&llama, case.modules)?;
+    let rows = case.rows.as_deref().expect("some rows are read");
+    let from = case.active_from.expect("the adapter begins somewhere");
+    let read = rows.iter().map(|&row| row as usize);
+    let scratch = Arc::new(Scratch::default());
+    let training = Training {
+        positions: LENGTHS.iter().flat_map(|&n| 0..n as u32).collect(),
+        rope: &llama.rope,
+        adapter: Some(&adapter),
+        adapted: AdaptedRows::new(LENGTHS.into_iter().zip(from), read).map(Arc::new),
+        dropout: Some(&Dropout::new(case.dropout, 3)),
+        checkpointing: case.checkpointing,
+        scratch: &scratch,
+    };
+    let all = Read {
+        sequences: Arc::new(Sequences::new(&LENGTHS)),
+        rows: None,
+    };
+    let last = Read {
+        sequences: Arc::new(Sequences::asked(&LENGTHS, rows)),
+        rows: Some(rows.into()),
+    };
+    let output = training.run(&llama.blocks, 0, input, [&all, &last])?;
+    let loss = (&output * random(output.dims(), 9)?)?.sum_all()?;
+    let (_, grads) = (loss.backward()?, loss.backward()?);
+    let grad = |(name, variable)| Ok((name, grads.get(&variable).expect("a gradient").clone()));
+    adapter.tensors().into_iter().map(grad).collect()
+}
+
+/// A row is read behind the adapter's beginning, one before it, and one of a sequence without it.
+#[test]
+fn a_backward_pass_within_the_adapters_rows_gives_its_factors_the_same_gradients() -> anyhow::Result<()> {
+    let plain = crate::testing::config();
+    assert!(plain.num_hidden_layers > 1);
+    let grouped = ModelConfig {
+        qk_norm: true,
+        num_key_value_heads: 1,
+        sliding_window: Some(4),
+        ..plain.clone()
+    };
+    for config in [plain, grouped] {
+        for (modules, dropout) in [("q_proj,v_proj", 0.3), ("all-linear", 0.0), ("k_proj,down_proj", 0.3)] {
+            for checkpointing in [false, true] {
+                let mut case = Case::new(config.clone(), modules);
+                case.active_from = Some([12, usize::MAX, 2]);
+                case.rows = Some(vec![3, 19, 20, 21, 28]);
+                (case.dropout, case.checkpointing) = (dropout, checkpointing);
+                let input = Var::from_tensor(&random(&[29, config.hidden_size], 7)?)?;
+                let all = of_all_layers(&case, input.as_tensor())?;
+                for ((name, want), (_, got)) in all.iter().zip(of_all_layers(&case, &input.as_detached_tensor())?) {
+                    assert_close(&got, want, 1e-5).map_err(|err| anyhow::anyhow!("{name}: {err}"))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
