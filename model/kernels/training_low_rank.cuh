@@ -11,21 +11,23 @@
 #define TERM_PART_ROWS 128
 
 // Which inputs are dropped: a function of the seed and the element's place, so that nothing of it is kept. A threshold
-// of 0 drops none.
+// of 0 drops none. `rows`: the rows' places in the forward pass, null where they are the rows themselves.
 struct Drop {
     uint64_t seed;
     uint32_t threshold;
     float scale;
+    const uint32_t *rows;
 };
 
-__device__ inline Drop drop_of(int low, int high, int threshold, float scale) {
-    return {(uint64_t)(uint32_t)high << 32 | (uint32_t)low, (uint32_t)threshold, scale};
+__device__ inline Drop drop_of(int low, int high, int threshold, float scale, const uint32_t *rows) {
+    return {(uint64_t)(uint32_t)high << 32 | (uint32_t)low, (uint32_t)threshold, scale, rows};
 }
 
 // What an input is multiplied by: splitmix64's output for its place, the upper half against the threshold.
-__device__ inline float drop_factor(const Drop &drop, size_t at) {
+__device__ inline float drop_factor(const Drop &drop, int row, int width, int i) {
     if (drop.threshold == 0) return 1.0f;
-    uint64_t z = drop.seed + ((uint64_t)at + 1) * 0x9e3779b97f4a7c15ull;
+    const uint64_t at = (uint64_t)(drop.rows ? drop.rows[row] : row) * width + i;
+    uint64_t z = drop.seed + (at + 1) * 0x9e3779b97f4a7c15ull;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ z >> 27) * 0x94d049bb133111ebull;
     z ^= z >> 31;
@@ -64,7 +66,7 @@ __device__ void term_down(float *low, const T *x, const float *m, int rows, int 
 #pragma unroll
         for (int r = 0; r < TERM_DOWN_ROWS; r++)
             xs[r] = row + r < rows ? widen(x[(size_t)(row + r) * x_stride + i]) *
-                                         drop_factor(drop, (size_t)(row + r) * width + i)
+                                         drop_factor(drop, row + r, width, i)
                                    : 0.0f;
 #pragma unroll
         for (int k = 0; k < TERM_AT_ONCE; k++) {
@@ -102,7 +104,7 @@ __device__ void term_up(T *out, const float *low, const float *m, int rows, int 
     for (int r = 0; r < TERM_UP_ROWS; r++) {
         if (row + r >= rows) continue;
         T *to = out + (size_t)(row + r) * out_stride + i;
-        *to = narrow<T>(widen(*to) + sums[r] * drop_factor(drop, (size_t)(row + r) * width + i));
+        *to = narrow<T>(widen(*to) + sums[r] * drop_factor(drop, row + r, width, i));
     }
 }
 
@@ -119,7 +121,7 @@ __device__ void term_outer(float *parts, const T *wide, const float *low, int ro
 #pragma unroll
     for (int k = 0; k < TERM_AT_ONCE; k++) sums[k] = 0;
     for (int row = begin; row < end; row++) {
-        const float x = widen(wide[(size_t)row * stride + c]) * drop_factor(drop, (size_t)row * width + c);
+        const float x = widen(wide[(size_t)row * stride + c]) * drop_factor(drop, row, width, c);
 #pragma unroll
         for (int k = 0; k < TERM_AT_ONCE; k++)
             if (first + k < rank) sums[k] += x * low[(size_t)row * rank + first + k];
@@ -139,29 +141,28 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
     out[(size_t)k * step_k + (size_t)c * step_c] = sum;
 }
 
+// A kernel's arguments that are its Drop.
+#define DROP_ARGUMENTS int seed_low, int seed_high, int threshold, float drop_scale, const uint32_t *drop_rows
+#define DROP drop_of(seed_low, seed_high, threshold, drop_scale, drop_rows)
+
 #define TERM_KERNELS(suffix, T)                                                                                        \
     extern "C" __global__ void term_down_##suffix(float *low, const T *x, const float *m, int rows, int width,         \
                                                   int x_stride, int rank, int step_k, int step_i, const float *scales, \
-                                                  int seed_low, int seed_high, int threshold, float drop_scale) {      \
+                                                  DROP_ARGUMENTS) {                                                    \
         after_earlier();                                                                                               \
-        term_down<T>(low, x, m, rows, width, x_stride, rank, step_k, step_i, scales,                                   \
-                     drop_of(seed_low, seed_high, threshold, drop_scale));                                             \
+        term_down<T>(low, x, m, rows, width, x_stride, rank, step_k, step_i, scales, DROP);                            \
     }                                                                                                                  \
     REGISTER_KERNEL(term_down_##suffix)                                                                                \
     extern "C" __global__ void term_up_##suffix(T *out, const float *low, const float *m, int rows, int width,         \
-                                                int out_stride, int rank, int step_k, int step_i, int seed_low,        \
-                                                int seed_high, int threshold, float drop_scale) {                      \
+                                                int out_stride, int rank, int step_k, int step_i, DROP_ARGUMENTS) {    \
         after_earlier();                                                                                               \
-        term_up<T>(out, low, m, rows, width, out_stride, rank, step_k, step_i,                                         \
-                   drop_of(seed_low, seed_high, threshold, drop_scale));                                               \
+        term_up<T>(out, low, m, rows, width, out_stride, rank, step_k, step_i, DROP);                                  \
     }                                                                                                                  \
     REGISTER_KERNEL(term_up_##suffix)                                                                                  \
     extern "C" __global__ void term_outer_##suffix(float *parts, const T *wide, const float *low, int rows, int width, \
-                                                   int stride, int rank, int seed_low, int seed_high, int threshold,   \
-                                                   float drop_scale) {                                                 \
+                                                   int stride, int rank, DROP_ARGUMENTS) {                             \
         after_earlier();                                                                                               \
-        term_outer<T>(parts, wide, low, rows, width, stride, rank,                                                     \
-                      drop_of(seed_low, seed_high, threshold, drop_scale));                                            \
+        term_outer<T>(parts, wide, low, rows, width, stride, rank, DROP);                                              \
     }                                                                                                                  \
     REGISTER_KERNEL(term_outer_##suffix)
 

@@ -74,7 +74,7 @@ impl Kernels<'_> {
             return Ok(());
         }
         let kernel = match name {
-            "sample" | "term_sum" => name.to_owned(),
+            "sample" | "term_sum" | "pick_floats" => name.to_owned(),
             // A suffix of the kernel's own comes behind that of the dtype.
             _ => match name.split_once('/') {
                 Some((name, own)) => format!("{name}_{}_{own}", suffix(self.dtype)?),

@@ -35,6 +35,8 @@ pub(crate) struct Drop {
     /// Of 2³² inputs so many are dropped.
     threshold: u32,
     scale: f32,
+    /// `[rows]` u32: the rows' places in the forward pass; 0 where they are the rows themselves.
+    rows: Address,
 }
 
 impl Drop {
@@ -42,6 +44,7 @@ impl Drop {
         seed: 0,
         threshold: 0,
         scale: 1.0,
+        rows: 0,
     };
 
     pub fn new(probability: f64, seed: u64) -> Self {
@@ -49,15 +52,22 @@ impl Drop {
             seed,
             threshold: (probability * f64::from(u32::MAX)) as u32,
             scale: (1.0 / (1.0 - probability)) as f32,
+            rows: 0,
         }
     }
 
-    fn args(self) -> [Arg; 4] {
+    /// The same of these rows of the forward pass alone, or of all where that is 0.
+    pub fn of_rows(self, rows: Address) -> Self {
+        Self { rows, ..self }
+    }
+
+    fn args(self) -> [Arg; 5] {
         [
             Arg::Int(self.seed as i32),
             Arg::Int((self.seed >> 32) as i32),
             Arg::Int(self.threshold as i32),
             Arg::Float(self.scale),
+            Arg::Pointer(self.rows),
         ]
     }
 
@@ -137,6 +147,27 @@ impl Kernels<'_> {
         ];
         // SAFETY: the caller's promise.
         unsafe { self.launch("place_rows", (rows, 1, 1), ROW_THREADS, 0, &args) }
+    }
+
+    /// `out[r] = x[wanted[r]]`, f32 of any width.
+    ///
+    /// # Safety
+    /// The addresses hold `[rows, width]`, the rows that are wanted, and `[rows]`.
+    pub unsafe fn pick_floats(
+        &self,
+        out: Address,
+        x: Address,
+        wanted: Address,
+        (rows, width): (usize, usize),
+    ) -> Result<()> {
+        let args = [
+            Arg::Pointer(out),
+            Arg::Pointer(x),
+            Arg::Pointer(wanted),
+            Arg::Int(width as i32),
+        ];
+        // SAFETY: the caller's promise.
+        unsafe { self.launch("pick_floats", (rows, 1, 1), ROW_THREADS, 0, &args) }
     }
 
     /// `x[r] += bias`.

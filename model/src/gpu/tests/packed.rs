@@ -26,7 +26,7 @@ struct Attended {
 fn attend(gpu: &Gpu, [q, kv, grad]: [&Tensor; 3], read: &[u32], shape: AttentionShape) -> Result<Attended> {
     let (dtype, device) = (q.dtype(), q.device());
     let positions: Vec<u32> = LENGTHS.iter().flat_map(|&n| 0..n as u32).collect();
-    let inputs = PassInputs::new(gpu, dtype, (&LENGTHS, &positions), read, (1.0, None))?;
+    let inputs = PassInputs::new(gpu, dtype, (&LENGTHS, &positions), (read, None), (1.0, None))?;
     let (out, dq) = (zeros(q.dims(), dtype, device)?, zeros(q.dims(), dtype, device)?);
     let dkv = zeros(kv.dims(), dtype, device)?;
     let sums = [read.len(), shape.heads];

@@ -94,6 +94,13 @@ struct Settings {
     every_row: bool,
 }
 
+impl Settings {
+    /// The last sequence has these from its third token on; the others do not.
+    fn invocation(self) -> &'static [u32] {
+        if self.activated { &[38, 45] } else { &[] }
+    }
+}
+
 fn step(llama: &Llama, adapter: &Adapter, settings: Settings) -> Result<Step> {
     let tokens: Vec<u32> = (0..45).map(|i| (i * 7 + i / 5) % 50).collect();
     let mut sequences = Vec::new();
@@ -165,10 +172,8 @@ fn assert_same_bits(got: &Step, want: &Step) -> Result<()> {
 
 /// The gradients of the CPU path and of the GPU path, each with an adapter of its own on `modules`.
 fn assert_as_host(llama: &Llama, gpu: &Llama, modules: &str, settings: Settings, tolerance: f32) -> Result<()> {
-    // The last sequence from its third token on; the others have no such place.
-    let invocation: &[u32] = if settings.activated { &[38, 45] } else { &[] };
-    let want = step(llama, &adapter_from(llama, modules, invocation)?, settings)?;
-    let got = step(gpu, &adapter_from(gpu, modules, invocation)?, settings)?;
+    let want = step(llama, &adapter_from(llama, modules, settings.invocation())?, settings)?;
+    let got = step(gpu, &adapter_from(gpu, modules, settings.invocation())?, settings)?;
     ensure!(gpu.training_slot().is_made(), "the kernels did not run");
     assert_near(&got, &want, tolerance)
 }
@@ -203,14 +208,20 @@ fn any_choice_of_modules_gets_the_gradients_of_the_cpu_path() -> Result<()> {
 fn an_adapter_that_begins_within_a_sequence_gets_the_gradients_of_the_cpu_path() -> Result<()> {
     for device in devices()? {
         let (host, gpu) = (host(&base())?, on_gpu(&base(), DType::F32, &device)?);
-        for (checkpointing, every_row) in [(false, false), (true, true)] {
+        // With every row the backward pass goes through all, else through those that the adapter changes.
+        for (modules, checkpointing, every_row) in [
+            ("all-linear", false, false),
+            ("all-linear", true, true),
+            ("q_proj,v_proj", true, false),
+            ("k_proj,down_proj", false, false),
+        ] {
             let settings = Settings {
                 activated: true,
                 checkpointing,
                 every_row,
                 ..Settings::default()
             };
-            assert_as_host(&host, &gpu, "all-linear", settings, 1e-4)?;
+            assert_as_host(&host, &gpu, modules, settings, 1e-4).context(modules)?;
         }
     }
     Ok(())
@@ -297,15 +308,22 @@ fn the_order_of_a_blocks_threads_changes_no_bit() -> Result<()> {
 /// With dropout there is no other path that drops the same: the gradient must foretell how the loss changes.
 #[test]
 fn with_dropout_the_loss_changes_as_the_gradients_say() -> Result<()> {
-    for device in devices()? {
+    let every = devices()?
+        .into_iter()
+        .flat_map(|device| [(device.clone(), false), (device, true)]);
+    for (device, activated) in every {
         let gpu = on_gpu(&base(), DType::F32, &device)?;
-        let adapter = adapter(&gpu)?;
-        let settings = Settings {
-            dropout: 0.3,
+        let without = Settings {
+            activated,
             ..Settings::default()
         };
+        let settings = Settings {
+            dropout: 0.3,
+            ..without
+        };
+        let adapter = adapter_from(&gpu, "all-linear", settings.invocation())?;
         let at = step(&gpu, &adapter, settings)?;
-        let without = step(&gpu, &adapter, Settings::default())?;
+        let without = step(&gpu, &adapter, without)?;
         assert!((at.loss - without.loss).abs() > 1e-4, "nothing is dropped");
         // Along the gradient, by a step small enough for the curvature and large enough for f32.
         let squares = at.grads.values().map(|g| g.sqr()?.sum_all()?.to_scalar::<f32>());

@@ -49,12 +49,11 @@ impl GpuLayer {
             };
         }
         let of = [Some(kept.mixed.address()), below.then(|| dmixed.address())];
-        self.through(on, OProj, of, (dmiddle.address(), hidden), n, &factors)?;
+        self.through(on, OProj, of, (dmiddle.address(), hidden), &factors)?;
         let mut dx = None;
         if below {
             let grads = self.attention_backward(on, &kept, &dmixed)?;
-            dx = self.input_backward(on, x, &grads, &dmiddle, deep, &factors)?;
-            on.give(grads);
+            dx = self.input_backward(on, x, grads, &dmiddle, deep, &factors)?;
         }
         on.give([dmiddle, dmixed]);
         kept.low = factors.low;
@@ -71,11 +70,10 @@ impl GpuLayer {
         kind: LinearKind,
         of: [Option<Address>; 2],
         grad: Strided,
-        rows: usize,
         factors: &Factors,
     ) -> Result<()> {
         match factors.low.iter().find(|low| low.kind == kind) {
-            Some(low) => self.term_back(on, low, of, grad, (rows, factors.values, factors.grads)),
+            Some(low) => self.term_back(on, low, of, grad, [factors.values, factors.grads]),
             None => Ok(()),
         }
     }
@@ -96,7 +94,7 @@ impl GpuLayer {
             // SAFETY: see `run_back`.
             unsafe { on.kernels().swiglu(active.address(), gate_up, n, inner)? };
             let of = [Some(active.address()), Some(dactive.address())];
-            self.through(on, DownProj, of, (grad, hidden), n, factors)?;
+            self.through(on, DownProj, of, (grad, hidden), factors)?;
             on.give([active]);
         }
         let dnormed = on.take(n * hidden)?;
@@ -116,7 +114,7 @@ impl GpuLayer {
             };
             let of = [Some(normed.address()), Some(dnormed.address())];
             for (kind, grad) in [(GateProj, gate_up), (UpProj, self.up(&kept.gate_up))] {
-                self.through(on, kind, of, (grad, 2 * inner), n, factors)?;
+                self.through(on, kind, of, (grad, 2 * inner), factors)?;
             }
             on.give([normed]);
         }
@@ -165,31 +163,36 @@ impl GpuLayer {
     fn input_backward(
         &self,
         on: &mut Locked,
-        x: Address,
-        [dq, dkv]: &[Rows; 2],
+        all: Address,
+        [dq, dkv]: [Rows; 2],
         dmiddle: &Rows,
         deep: bool,
         factors: &Factors,
     ) -> Result<Option<Rows>> {
         let (sizes, w) = (self.sizes(), self.weights());
-        let (t, n, hidden) = (sizes.tokens, sizes.queries, sizes.hidden);
+        let (m, n, hidden) = (sizes.inputs, sizes.queries, sizes.hidden);
         let (q_width, kv_width) = (sizes.q_width, sizes.kv_width);
-        let normed = on.take(t * hidden)?;
-        // SAFETY: see `run_back`.
-        unsafe {
-            on.kernels()
-                .rms_norm(normed.address(), x, w.input_norm, t, hidden, self.eps())?
+        // The rows whose input has a gradient, where those are not all.
+        let (mut picked, mut dkv) = (None, dkv);
+        if let Some(changed) = &self.inputs.changed {
+            picked = Some(self.pick(on, changed, all, hidden)?);
+            let changed_dkv = self.pick(on, changed, dkv.address(), 2 * kv_width)?;
+            on.give([std::mem::replace(&mut dkv, changed_dkv)]);
+        }
+        let x = picked.as_ref().map_or(all, Rows::address);
+        let normed = self.normed(on, x, m)?;
+        // The rows that ask, where those are others, and the gradient of theirs.
+        let apart = self.read().places != 0;
+        let asking = if apart { Some(self.asking(on, all)?) } else { None };
+        let part = if apart && deep {
+            Some(on.take(n * hidden)?)
+        } else {
+            None
         };
-        let asking = self.pick(on, &normed)?;
-        let dnormed = on.take(t * hidden)?;
-        // The gradient of the rows that ask, where those are not all.
-        let part = match (deep, &asking) {
-            (true, Some(_)) => Some(on.take(n * hidden)?),
-            _ => None,
-        };
+        let dnormed = on.take(m * hidden)?;
         let of_asking = part.as_ref().unwrap_or(&dnormed).address();
         if deep {
-            let shape = (t, 2 * kv_width, hidden);
+            let shape = (m, 2 * kv_width, hidden);
             // SAFETY: see `run_back`.
             unsafe {
                 let kernels = on.kernels();
@@ -199,22 +202,36 @@ impl GpuLayer {
         }
         let of = [Some(normed.address()), deep.then(|| dnormed.address())];
         for (kind, grad) in [(KProj, dkv.address()), (VProj, self.values(dkv.address()))] {
-            self.through(on, kind, of, (grad, 2 * kv_width), t, factors)?;
+            self.through(on, kind, of, (grad, 2 * kv_width), factors)?;
         }
         let asks = asking.as_ref().unwrap_or(&normed).address();
         let of = [Some(asks), deep.then_some(of_asking)];
-        self.through(on, QProj, of, (dq.address(), q_width), n, factors)?;
+        self.through(on, QProj, of, (dq.address(), q_width), factors)?;
         let mut dx = None;
         if deep {
             dx = Some(self.residual_backward(on, x, [dmiddle, &dnormed], part.as_ref())?);
         }
-        on.give(asking.into_iter().chain(part).chain([normed, dnormed]));
+        on.give(
+            [asking, part, picked]
+                .into_iter()
+                .flatten()
+                .chain([normed, dnormed, dq, dkv]),
+        );
         Ok(dx)
+    }
+
+    /// The normalised rows that ask, of all.
+    fn asking(&self, on: &mut Locked, all: Address) -> Result<Rows> {
+        let read = self.read();
+        let rows = self.pick(on, read, all, self.sizes().hidden)?;
+        let normed = self.normed(on, rows.address(), read.queries)?;
+        on.give([rows]);
+        Ok(normed)
     }
 
     /// The gradient of the layer's input: through its norm, and past everything.
     ///
-    /// - `part`: what belongs to the rows of `dnormed` that are read, where those are not all
+    /// - `part`: what belongs to the rows of `dnormed` that are read, where those are others than have a gradient
     fn residual_backward(
         &self,
         on: &mut Locked,
@@ -223,7 +240,7 @@ impl GpuLayer {
         part: Option<&Rows>,
     ) -> Result<Rows> {
         let (sizes, w, places) = (self.sizes(), self.weights(), self.read().places);
-        let size = (sizes.tokens, sizes.hidden);
+        let size = (sizes.inputs, sizes.hidden);
         let dx = on.take(size.0 * size.1)?;
         let dnormed = dnormed.address();
         // SAFETY: see `run_back`.

@@ -18,14 +18,17 @@ pub(crate) struct PassInputs {
     /// Of a layer whose every row is read, and of the last.
     pub all: Reading,
     pub last: Reading,
+    /// The rows that the adapter changes, where the backward pass stays within them.
+    pub changed: Option<Reading>,
 }
 
 /// The rows that are read of a layer.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Reading {
     pub queries: usize,
-    /// `[queries]`: their packed rows, and for each packed row its place among them; 0 where all are read.
+    /// `[queries]`: their packed rows; 0 where all are read.
     pub rows: Address,
+    /// For each row whose input has a gradient its place among them; 0 where those are the same.
     pub places: Address,
     /// `[queries]`: their positions.
     pub positions: Address,
@@ -36,7 +39,8 @@ pub(crate) struct Reading {
 }
 
 impl PassInputs {
-    /// - `lengths`: tokens of each sequence; `read`: packed rows that are read of the last layer, ascending
+    /// - `lengths`: tokens of each sequence; `read`: packed rows that are read of the last layer, ascending; `changed`: those
+    ///   that the backward pass stays within, where that is not all
     /// - `scale`: of the adapter's terms, and the rows that it changes where that is not all
     ///
     /// # Errors
@@ -45,7 +49,7 @@ impl PassInputs {
         gpu: &Gpu,
         dtype: DType,
         (lengths, positions): (&[usize], &[u32]),
-        read: &[u32],
+        (read, changed): (&[u32], Option<&[u32]>),
         (scale, adapted): (f32, Option<&AdaptedRows>),
     ) -> Result<Self> {
         let (tokens, tile) = (positions.len(), packed_tile(dtype));
@@ -54,11 +58,13 @@ impl PassInputs {
         let at = words.push(positions);
         let adapted = |row: u32| adapted.is_none_or(|rows| rows.changes(row as usize));
         let scale = |row: u32| if adapted(row) { scale } else { 0.0 };
-        let all = words.reading(tile, lengths, positions, (&every, &scale));
+        let mut reading = |read, inputs| words.reading(tile, (lengths, positions), (read, inputs), &scale);
+        let all = reading(&every, &every);
         let last = match read.len() == tokens {
             true => all,
-            false => words.reading(tile, lengths, positions, (read, &scale)),
+            false => reading(read, changed.unwrap_or(&every)),
         };
+        let changed = changed.map(|changed| reading(changed, changed));
         let memory = gpu.alloc(4 * words.0.len())?;
         // SAFETY: the memory was just made for these words.
         unsafe { gpu.upload(memory.address(), &words.0)? };
@@ -68,6 +74,7 @@ impl PassInputs {
             tokens,
             all: all.moved(base),
             last: last.moved(base),
+            changed: changed.map(|changed| changed.moved(base)),
             _memory: memory,
         })
     }
@@ -107,16 +114,14 @@ impl Words {
     fn reading(
         &mut self,
         tile: usize,
-        lengths: &[usize],
-        positions: &[u32],
-        (read, scale): (&[u32], &dyn Fn(u32) -> f32),
+        (lengths, positions): (&[usize], &[u32]),
+        (read, inputs): (&[u32], &[u32]),
+        scale: &dyn Fn(u32) -> f32,
     ) -> Reading {
         let every = read.len() == positions.len();
         let asking: Vec<u32> = read.iter().map(|&row| positions[row as usize]).collect();
-        let mut places = vec![NO_ROW; positions.len()];
-        for (place, &row) in read.iter().enumerate() {
-            places[row as usize] = place as u32;
-        }
+        let place = |row: &u32| read.binary_search(row).map_or(NO_ROW, |place| place as u32);
+        let places: Vec<u32> = inputs.iter().map(place).collect();
         let scales: Vec<u32> = read.iter().map(|&row| scale(row).to_bits()).collect();
         let (query_words, key_words) = tiles(tile, lengths, read);
         let mut tiles = |words: Vec<u32>| Tiles {
@@ -127,7 +132,7 @@ impl Words {
         Reading {
             queries: read.len(),
             rows: if every { 0 } else { self.push(read) },
-            places: if every { 0 } else { self.push(&places) },
+            places: if read == inputs { 0 } else { self.push(&places) },
             positions: self.push(&asking),
             scales: self.push(&scales),
             query_tiles,

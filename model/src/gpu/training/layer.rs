@@ -16,19 +16,30 @@ use crate::lora::Terms;
 use crate::network::Layer;
 use crate::ops::AttentionShape;
 
+/// The rows that are read of a layer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Reads {
+    All,
+    /// Those that the adapter changes: by the backward pass alone.
+    Changed,
+    /// Those of the last layer.
+    Last,
+}
+
 /// A layer with its part of the adapter.
+#[derive(Clone)]
 pub(super) struct GpuLayer {
     pub device: Arc<Device>,
     pub number: usize,
     pub inputs: Arc<PassInputs>,
-    /// Whether it is the last, of which only some rows are read.
-    pub last: bool,
+    pub reads: Reads,
     pub terms: Terms,
     /// Probability and seed.
     pub dropout: Option<(f64, u64)>,
 }
 
-/// What the backward pass reads of the forward pass. `t` tokens, `n` of them read; T is the model's dtype.
+/// What the backward pass reads of the forward pass. `t` tokens, `n` of them read by the backward pass; T is the model's
+/// dtype.
 pub(super) struct Kept {
     /// The adapter's factors, which the operation holds.
     pub factors: Place,
@@ -80,7 +91,8 @@ impl Layer for GpuLayer {
 
     fn backward(&self, x: &Place, kept: Kept, grad: &Place, deep: bool, dfactors: &mut Place) -> Result<Option<Rows>> {
         let mut on = self.device.lock();
-        self.run_back(&mut on, [x.address, grad.address], kept, deep, *dfactors)
+        self.as_read_back()
+            .run_back(&mut on, [x.address, grad.address], kept, deep, *dfactors)
     }
 
     fn give(&self, rows: Rows) {
@@ -97,6 +109,8 @@ impl Layer for GpuLayer {
 pub(super) struct Sizes {
     pub tokens: usize,
     pub queries: usize,
+    /// Rows whose input has a gradient in the backward pass.
+    pub inputs: usize,
     pub hidden: usize,
     pub inner: usize,
     pub q_width: usize,
@@ -119,7 +133,11 @@ impl GpuLayer {
     }
 
     pub(super) fn read(&self) -> &Reading {
-        if self.last { &self.inputs.last } else { &self.inputs.all }
+        match (self.reads, &self.inputs.changed) {
+            (Reads::Last, _) => &self.inputs.last,
+            (Reads::Changed, Some(changed)) => changed,
+            _ => &self.inputs.all,
+        }
     }
 
     pub(super) fn sizes(&self) -> Sizes {
@@ -127,6 +145,10 @@ impl GpuLayer {
         Sizes {
             tokens: self.inputs.tokens,
             queries: self.read().queries,
+            inputs: self
+                .inputs
+                .changed
+                .map_or(self.inputs.tokens, |changed| changed.queries),
             hidden: config.hidden_size,
             inner: config.intermediate_size,
             q_width: self.shape().q_width(),
@@ -144,7 +166,7 @@ impl GpuLayer {
         let (mixed, log_sums) = self.attention(on, &q, &kv)?;
 
         let middle = on.take(n * hidden)?;
-        let (rows, to) = ((n, factors), (middle.address(), hidden));
+        let to = (middle.address(), hidden);
         // SAFETY: here and below, memory was taken for the sizes that a launch names, the weights have the config's, and
         // the inputs name rows of this pass.
         unsafe {
@@ -152,7 +174,7 @@ impl GpuLayer {
             kernels.place_rows(middle.address(), 0, x, self.read().rows, (n, hidden))?;
             kernels.linear(middle.address(), mixed.address(), w.o, (n, hidden, sizes.q_width), true)?;
         }
-        low.extend(self.add_term(on, OProj, mixed.address(), to, rows)?);
+        low.extend(self.add_term(on, OProj, mixed.address(), to, factors)?);
 
         let normed = on.take(n * hidden)?;
         let gate_up = on.take(n * 2 * inner)?;
@@ -169,7 +191,7 @@ impl GpuLayer {
             )?;
         }
         for (kind, to) in [(GateProj, gate_up.address()), (UpProj, self.up(&gate_up))] {
-            low.extend(self.add_term(on, kind, normed.address(), (to, 2 * inner), rows)?);
+            low.extend(self.add_term(on, kind, normed.address(), (to, 2 * inner), factors)?);
         }
         on.give([normed]);
         let output = self.down(on, &middle, &gate_up, factors, wants_output, &mut low)?;
@@ -183,7 +205,7 @@ impl GpuLayer {
             gate_up,
             low,
         };
-        Ok((output, kept))
+        Ok((output, self.changed_of(on, kept)?))
     }
 
     /// The layer's end: its output, or where that is not wanted at least what the term keeps.
@@ -212,7 +234,7 @@ impl GpuLayer {
             }
         }
         let to = (output.address(), hidden);
-        low.extend(self.add_term(on, DownProj, active.address(), to, (n, factors))?);
+        low.extend(self.add_term(on, DownProj, active.address(), to, factors)?);
         on.give([active]);
         Ok(output)
     }
@@ -227,13 +249,11 @@ impl GpuLayer {
         let (sizes, w) = (self.sizes(), self.weights());
         let (t, n, hidden) = (sizes.tokens, sizes.queries, sizes.hidden);
         let (q_width, kv_width) = (sizes.q_width, sizes.kv_width);
-        let normed = on.take(t * hidden)?;
-        // SAFETY: see `run`.
-        unsafe {
-            on.kernels()
-                .rms_norm(normed.address(), x, w.input_norm, t, hidden, self.eps())?
+        let normed = self.normed(on, x, t)?;
+        let asking = match self.read().rows {
+            0 => None,
+            _ => Some(self.pick(on, self.read(), normed.address(), hidden)?),
         };
-        let asking = self.pick(on, &normed)?;
         let asks = asking.as_ref().unwrap_or(&normed).address();
         let (q, kv) = (on.take(n * q_width)?, on.take(t * 2 * kv_width)?);
         // SAFETY: see `run`.
@@ -248,9 +268,9 @@ impl GpuLayer {
                 kernels.add_bias(kv.address(), kv_bias, (t, 2 * kv_width))?;
             }
         }
-        low.extend(self.add_term(on, QProj, asks, (q.address(), q_width), (n, factors))?);
+        low.extend(self.add_term(on, QProj, asks, (q.address(), q_width), factors)?);
         for (kind, to) in [(KProj, kv.address()), (VProj, self.values(kv.address()))] {
-            low.extend(self.add_term(on, kind, normed.address(), (to, 2 * kv_width), (t, factors))?);
+            low.extend(self.add_term(on, kind, normed.address(), (to, 2 * kv_width), factors)?);
         }
         on.give(asking.into_iter().chain([normed]));
         Ok([q, kv])
@@ -325,20 +345,26 @@ impl GpuLayer {
         }
     }
 
-    /// The rows of `[tokens, hidden]` that are read, where that is not all.
-    pub(super) fn pick(&self, on: &mut Locked, all: &Rows) -> Result<Option<Rows>> {
-        let (sizes, rows) = (self.sizes(), self.read().rows);
-        if rows == 0 {
-            return Ok(None);
-        }
-        let picked = on.take(sizes.queries * sizes.hidden)?;
-        let size = (sizes.queries, sizes.hidden);
+    /// What the layer's input is after its norm.
+    pub(super) fn normed(&self, on: &mut Locked, x: Address, rows: usize) -> Result<Rows> {
+        let hidden = self.sizes().hidden;
+        let normed = on.take(rows * hidden)?;
+        let weight = self.weights().input_norm;
         // SAFETY: see `run`.
         unsafe {
             on.kernels()
-                .place_rows(picked.address(), 0, all.address(), rows, size)?
+                .rms_norm(normed.address(), x, weight, rows, hidden, self.eps())?
         };
-        Ok(Some(picked))
+        Ok(normed)
+    }
+
+    /// These rows of all.
+    pub(super) fn pick(&self, on: &mut Locked, reading: &Reading, all: Address, width: usize) -> Result<Rows> {
+        let picked = on.take(reading.queries * width)?;
+        let size = (reading.queries, width);
+        // SAFETY: see `run`.
+        unsafe { on.kernels().place_rows(picked.address(), 0, all, reading.rows, size)? };
+        Ok(picked)
     }
 
     /// The values among keys and values, or their gradients.

@@ -4,6 +4,7 @@
 //! give. Activations and their gradients are in the model's dtype, sums and the adapter in f32.
 
 mod backward;
+mod changed;
 mod inputs;
 mod layer;
 mod operation;

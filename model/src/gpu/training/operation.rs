@@ -6,7 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CudaStorage, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use super::inputs::PassInputs;
-use super::layer::GpuLayer;
+use super::layer::{GpuLayer, Reads};
 use super::pool::Rows;
 use super::{Device, Place};
 use crate::lora::{self, AdaptedRows, Adapter, Dropout, Terms};
@@ -40,12 +40,16 @@ impl GpuTraining<'_> {
         let numbers = 0..device.config.num_hidden_layers;
         let factors = lora::flat_factors(self.adapter, numbers.clone(), x.device())?;
         let keeps = Keeps::of(&x, &factors, self.checkpointing);
+        // As on the CPU (network/layer/operation.rs).
+        let narrows = factors.track_op() && !x.track_op() && self.read.len() < self.positions.len();
+        let changed = self.adapted.filter(|_| narrows).map(AdaptedRows::changed);
+        let changed = changed.filter(|rows| !rows.is_empty());
         let scale = self.adapter.map_or(0.0, |adapter| adapter.config().scale() as f32);
         let inputs = PassInputs::new(
             device.lock().gpu(),
             device.dtype,
             (self.lengths, self.positions),
-            self.read,
+            (self.read, changed.as_deref()),
             (scale, self.adapted),
         )?;
         let (inputs, mut start) = (Arc::new(inputs), 0);
@@ -56,7 +60,11 @@ impl GpuTraining<'_> {
                 device: device.clone(),
                 number,
                 inputs: inputs.clone(),
-                last: number + 1 == numbers.end,
+                reads: if number + 1 == numbers.end {
+                    Reads::Last
+                } else {
+                    Reads::All
+                },
                 dropout: self.dropout.and_then(Dropout::fork),
                 terms,
             })

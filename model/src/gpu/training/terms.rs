@@ -7,7 +7,8 @@ use super::pool::Rows;
 use super::{Locked, Place};
 use crate::gpu::kernels::{Drop, Factor};
 use crate::gpu::work::Address;
-use crate::lora::{LinearKind, Term};
+use crate::lora::LinearKind::{self, KProj, VProj};
+use crate::lora::Term;
 
 /// Rows of a linear layer's input or output: where they begin, and the elements from one to the next.
 pub(super) type Strided = (Address, usize);
@@ -28,24 +29,22 @@ impl GpuLayer {
         kind: LinearKind,
         x: Address,
         out: Strided,
-        (rows, factors): (usize, Place),
+        factors: Place,
     ) -> Result<Option<Low>> {
         let Some(term) = self.terms.get(kind) else {
             return Ok(None);
         };
+        let of = match kind {
+            KProj | VProj => &self.inputs.all,
+            _ => self.read(),
+        };
+        let rows = of.queries;
         let low = on.take_floats(rows * term.rank)?;
         let (a, b) = factors_at(term, factors.address);
         // SAFETY: the caller's rows, memory just taken for as many, and factors of the term's shapes.
         unsafe {
             let kernels = on.kernels();
-            kernels.term_down(
-                low.address(),
-                (x, term.inputs),
-                rows,
-                a,
-                self.scales(rows),
-                self.drop(kind),
-            )?;
+            kernels.term_down(low.address(), (x, term.inputs), rows, a, of.scales, self.drop(kind))?;
             kernels.term_up(out, low.address(), rows, b, Drop::NONE)?;
         }
         Ok(Some(Low { kind, low }))
@@ -60,20 +59,22 @@ impl GpuLayer {
         low: &Low,
         [x, dx]: [Option<Address>; 2],
         grad: Strided,
-        (rows, factors, dfactors): (usize, Place, Place),
+        [factors, dfactors]: [Place; 2],
     ) -> Result<()> {
         let (Some(term), Some(x)) = (self.terms.get(low.kind), x) else {
             return Ok(());
         };
         let (a, b) = factors_at(term, factors.address);
         let (da, db) = factors_at(term, dfactors.address);
-        let drop = self.drop(low.kind);
+        let drop = self.drop(low.kind).of_rows(self.places_forward(low.kind));
+        let of = self.rows_back(low.kind);
+        let rows = of.queries;
         let dlow = on.take_floats(rows * term.rank)?;
         let parts = on.take_floats(term_parts(rows, a).max(term_parts(rows, b)))?;
         // SAFETY: the caller's rows, memory just taken for as many, and factors of the term's shapes.
         unsafe {
             let kernels = on.kernels();
-            kernels.term_down(dlow.address(), grad, rows, b, self.scales(rows), Drop::NONE)?;
+            kernels.term_down(dlow.address(), grad, rows, b, of.scales, Drop::NONE)?;
             kernels.term_outer(db, parts.address(), grad, low.low.address(), rows, Drop::NONE)?;
             kernels.term_outer(da, parts.address(), (x, term.inputs), dlow.address(), rows, drop)?;
             if let Some(dx) = dx {
@@ -82,14 +83,6 @@ impl GpuLayer {
         }
         on.give([dlow, parts]);
         Ok(())
-    }
-
-    /// Of each of `rows` rows, which are all or those that are read, what its term is multiplied by.
-    fn scales(&self, rows: usize) -> Address {
-        match rows == self.inputs.tokens {
-            true => self.inputs.all.scales,
-            false => self.inputs.last.scales,
-        }
     }
 
     /// What is dropped of a term's inputs: each term draws its own.
