@@ -34,6 +34,7 @@ def bars(parts: dict) -> list[dict]:
     out = [
         bar("step at 16 rows, context 128, against reading the weights", "at most 1.5", ratio(step(16), floor)),
         bar("the same with cuBLAS' products alone", "", ratio(step(16, profile="profile_blas"), floor)),
+        bar("the same without kernels that begin early", "", ratio(step(16, profile="profile_late"), floor)),
         bar("tokens/s of a step at 256 rows, context 128", "at least 15,000", per_256),
         bar("tokens/s of the whole work load at 256 slots", "", rate("continuous_256", "tokens_per_s")),
         bar("continuous, memory-bound, against vanilla at 16", "at least 6", ratio(rate("continuous_most"), vanilla)),

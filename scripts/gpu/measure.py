@@ -95,6 +95,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("train_peft", 60, [*trained, "--engines", "peft"], made),
         Part("train_checkpointing", 90, [*trained, "--engines", "checkpointing"], made),
         Part("profile_blas", 60, [*by_blas, *profile, sizes.split(",")[1], "--contexts", "128"], made),
+        Part("profile_late", 60, ["env", "LENGTHWISE_NO_EARLY_KERNELS=1", *profile, sizes.split(",")[1], "--contexts", "128"], made),
         Part("sorted_16", 150, [*bench, "--strategy", "seqsch", *sorting, "--batch-size", "16", "--num", str(few)], made),
         Part("continuous_64", 90, continuous(64, many), made),
         Part("memcheck", 150, [*sanitizer, "memcheck", args.kernel_tests, *tests]),

@@ -6,6 +6,9 @@ use candle_core::cuda_backend::cudarc::driver::CudaContext;
 use candle_core::cuda_backend::cudarc::driver::sys::{self, CUdevice_attribute};
 use candle_core::{Error, Result};
 
+/// Set, it lets no kernel begin before the one ahead has ended.
+const VARIABLE: &str = "LENGTHWISE_NO_EARLY_KERNELS";
+
 /// Properties of a GPU.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Properties {
@@ -26,7 +29,9 @@ impl Properties {
         Ok(Self {
             multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
             most_shared: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
-            launches_early: compiled_for() >= 90 && attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9,
+            launches_early: std::env::var_os(VARIABLE).is_none()
+                && compiled_for() >= 90
+                && attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9,
         })
     }
 }
