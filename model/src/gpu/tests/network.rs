@@ -35,6 +35,17 @@ fn configs() -> Vec<ModelConfig> {
     vec![base, heads_without_tiles, window, untied]
 }
 
+/// The tokens of each sequence behind those that are cached, the first two with the adapter.
+fn new_tokens<'a>(sequences: &'a [Vec<u32>; 3], cached: [usize; 3], tables: &'a [BlockTable]) -> Vec<Segment<'a>> {
+    let segment = |i: usize| Segment {
+        tokens: &sequences[i][cached[i]..],
+        start: cached[i],
+        table: &tables[i],
+        adapted_from: if i < 2 { 0 } else { usize::MAX },
+    };
+    (0..3).map(segment).collect()
+}
+
 /// Logits of a prefill of all prompts, the first ones with the adapter, and of three steps on top, and the tokens drawn in
 /// those.
 fn run(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> anyhow::Result<(Vec<Vec<f32>>, Vec<u32>)> {
@@ -56,14 +67,7 @@ fn run(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> anyhow::
         for (table, sequence) in tables.iter_mut().zip(&sequences) {
             assert!(cache.reserve(table, sequence.len()));
         }
-        let segments: Vec<Segment> = (0..3)
-            .map(|i| Segment {
-                tokens: &sequences[i][cached[i]..],
-                start: cached[i],
-                table: &tables[i],
-                adapted_from: if i < 2 { 0 } else { usize::MAX },
-            })
-            .collect();
+        let segments = new_tokens(&sequences, cached, &tables);
         if step % 2 == 0 {
             logits.push(llama.forward(&segments, &mut cache, adapter)?.to_vec());
         }
@@ -107,14 +111,7 @@ fn given_steps(llama: &Llama, mut cache: KvCache, adapter: Option<&Adapter>) -> 
         for (table, sequence) in tables.iter_mut().zip(&sequences) {
             assert!(cache.reserve(table, sequence.len()));
         }
-        let segments: Vec<Segment> = (0..3)
-            .map(|i| Segment {
-                tokens: &sequences[i][cached[i]..],
-                start: cached[i],
-                table: &tables[i],
-                adapted_from: if i < 2 { 0 } else { usize::MAX },
-            })
-            .collect();
+        let segments = new_tokens(&sequences, cached, &tables);
         logits.extend_from_slice(llama.forward(&segments, &mut cache, adapter)?);
         for (i, sequence) in sequences.iter_mut().enumerate() {
             cached[i] = sequence.len();
