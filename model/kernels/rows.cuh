@@ -17,11 +17,16 @@ __device__ void embed(T *out, const T *table, const uint32_t *tokens, const uint
         store_pack(to + i, load_pack(from + i));
 }
 
-// out[r] = x[rows[r]]; one block per row.
+// out[r] = x[rows[r]], of any width; one block per row.
 template <typename T>
 __device__ void gather_rows(T *out, const T *x, const uint32_t *rows, int width) {
     const T *from = x + (size_t)rows[blockIdx.x] * width;
     T *to = out + (size_t)blockIdx.x * width;
+    // Rows of other widths do not begin at 16 bytes.
+    if (width % Pack<T>::SIZE != 0) {
+        for (int i = threadIdx.x; i < width; i += blockDim.x) to[i] = from[i];
+        return;
+    }
     for (int i = threadIdx.x * Pack<T>::SIZE; i < width; i += blockDim.x * Pack<T>::SIZE)
         store_pack(to + i, load_pack(from + i));
 }

@@ -137,14 +137,6 @@ template <typename T> __device__ void swiglu_grad(T *gate_up, const T *grad, int
     store_pack(up + i, u);
 }
 
-// out[r] = x[rows[r]] of any width; one block per row.
-extern "C" __global__ void pick_floats(float *out, const float *x, const uint32_t *rows, int width) {
-    after_earlier();
-    const float *from = x + (size_t)rows[blockIdx.x] * width;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) out[(size_t)blockIdx.x * width + i] = from[i];
-}
-REGISTER_KERNEL(pick_floats)
-
 #define TRAINING_ROW_KERNELS(suffix, T)                                                                                \
     extern "C" __global__ void place_rows_##suffix(T *out, const T *base, const T *part, const uint32_t *from,         \
                                                    int width) {                                                        \

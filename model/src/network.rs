@@ -33,7 +33,7 @@ pub use pass::Segment;
 use pass::{Attention, Pass};
 pub use products::ProductTiming;
 #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
-pub(crate) use stack::{Keeps, Layer, Stack};
+pub(crate) use stack::{Keeps, Layer, Stack, rows_within};
 pub use train_pass::{GradientSink, TrainPass};
 pub use training_memory::TrainingMemory;
 

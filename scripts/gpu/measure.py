@@ -52,6 +52,7 @@ def parts(args: argparse.Namespace) -> list[Part]:
     tests = ["gpu", "--test-threads", "1"]
     sanitizer = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "3", "--tool"]
     profile = [lengthwise, "profile", *common, "--batch-sizes"]
+    step = [*profile, sizes.split(",")[1], "--contexts", "128"]
     # The ways that products of few rows are computed, and what each took, go to profile.err.
     chosen, by_blas = ["env", "RUST_LOG=lengthwise_model::gpu::products=debug"], ["env", "LENGTHWISE_GPU_PRODUCTS=blas"]
 
@@ -94,8 +95,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
         Part("train", 90, [*trained, "--engines", "lengthwise"], made),
         Part("train_peft", 60, [*trained, "--engines", "peft"], made),
         Part("train_checkpointing", 90, [*trained, "--engines", "checkpointing"], made),
-        Part("profile_blas", 60, [*by_blas, *profile, sizes.split(",")[1], "--contexts", "128"], made),
-        Part("profile_late", 60, ["env", "LENGTHWISE_NO_EARLY_KERNELS=1", *profile, sizes.split(",")[1], "--contexts", "128"], made),
+        Part("profile_blas", 60, [*by_blas, *step], made),
+        Part("profile_late", 60, ["env", "LENGTHWISE_NO_EARLY_KERNELS=1", *step], made),
         Part("sorted_16", 150, [*bench, "--strategy", "seqsch", *sorting, "--batch-size", "16", "--num", str(few)], made),
         Part("continuous_64", 90, continuous(64, many), made),
         Part("memcheck", 150, [*sanitizer, "memcheck", args.kernel_tests, *tests]),

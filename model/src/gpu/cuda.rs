@@ -65,17 +65,16 @@ impl CudaGpu {
             .result()
             .map_err(Error::wrap)?;
         let module = module::load(stream.context())?;
-        let properties = Properties::of(stream.context())?;
         Ok(Self {
             copies: RefCell::new(Copies::new(stream.clone())),
-            properties,
+            properties: Properties::of(stream.context())?,
+            launches_early: Cell::new(properties::launches_early(stream.context())?),
             stream,
             blas,
             _blas_workspace: workspace,
             module,
             functions: RefCell::default(),
             graphs: RefCell::default(),
-            launches_early: Cell::new(properties.launches_early),
         })
     }
 

@@ -16,7 +16,7 @@ use crate::ops::AttentionShape;
 pub(crate) use attention::{AttendInputs, SingleRows};
 #[cfg(test)]
 pub(crate) use few_rows::FewRowsTile;
-pub(crate) use few_rows::{Epilogue, FEW_ROWS_MOST, Outputs, Product};
+pub(crate) use few_rows::{Epilogue, FEW_ROWS_SIZES, Outputs, Product};
 pub(crate) use packed_attention::{Packed, PackedGrads, Tiles, packed_tile};
 pub(crate) use training::{Drop, Factor, Heads};
 
@@ -74,7 +74,7 @@ impl Kernels<'_> {
             return Ok(());
         }
         let kernel = match name {
-            "sample" | "term_sum" | "pick_floats" => name.to_owned(),
+            "sample" | "term_sum" => name.to_owned(),
             // A suffix of the kernel's own comes behind that of the dtype.
             _ => match name.split_once('/') {
                 Some((name, own)) => format!("{name}_{}_{own}", suffix(self.dtype)?),
@@ -121,7 +121,7 @@ impl Kernels<'_> {
         unsafe { self.launch("embed", (rows, 1, 1), ROW_THREADS, 0, &args) }
     }
 
-    /// `out[r] = x[wanted[r]]`.
+    /// `out[r] = x[wanted[r]]`, of any width.
     ///
     /// # Safety
     /// The addresses hold `[rows, width]`, the rows that are wanted, and `[rows]`.
@@ -279,10 +279,34 @@ impl Kernels<'_> {
         unsafe { self.launch("sample", (rows, 1, 1), threads, 0, &args) }
     }
 
+    /// A product by cuBLAS, of what is not gated.
+    ///
+    /// # Safety
+    /// The addresses hold what is said at the product's fields.
+    pub unsafe fn blas(&self, product: &Product) -> Result<()> {
+        let gemm = Gemm {
+            out: product.out,
+            x: product.x,
+            w: product.w,
+            side: Side::Transposed,
+            rows: product.rows,
+            outputs: product.outputs,
+            inputs: product.inputs,
+            accumulate: product.epilogue == Epilogue::Add,
+            dtype: self.dtype,
+            out_dtype: match product.epilogue {
+                Epilogue::F32 => DType::F32,
+                _ => self.dtype,
+            },
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.gpu.gemm(&gemm) }
+    }
+
     /// `out = x wᵀ`, or added to `out`, all in the model's dtype.
     ///
     /// # Safety
-    /// As [`Gpu::gemm`].
+    /// As [`Kernels::blas`].
     pub unsafe fn linear(
         &self,
         out: Address,
@@ -291,20 +315,17 @@ impl Kernels<'_> {
         (rows, outputs, inputs): (usize, usize, usize),
         accumulate: bool,
     ) -> Result<()> {
-        let gemm = Gemm {
+        let product = Product {
             out,
             x,
             w,
-            side: Side::Transposed,
             rows,
             outputs,
             inputs,
-            accumulate,
-            dtype: self.dtype,
-            out_dtype: self.dtype,
+            epilogue: if accumulate { Epilogue::Add } else { Epilogue::Store },
         };
         // SAFETY: the caller's promise.
-        unsafe { self.gpu.gemm(&gemm) }
+        unsafe { self.blas(&product) }
     }
 
     /// `out = grad w`, or added to `out`: what `grad` of [`Kernels::linear`]'s output is for its input.

@@ -93,7 +93,7 @@ impl GpuCache {
     pub fn reserve(&mut self, rows: usize, segments: usize) -> Result<()> {
         let sizes = largest_pass(&self.config, rows, segments);
         self.work.reserve(&self.gpu, &self.config, self.dtype, sizes)?;
-        if self.products.chosen || !self.gpu.is_worth_measuring() {
+        if self.products.chosen {
             return Ok(());
         }
         let mut products = self.products.clone();
@@ -106,7 +106,7 @@ impl GpuCache {
 
     /// Seconds that the products of every layer with one of its weights take in a way: all layers, since one layer's weight
     /// may stay in the device's cache.
-    fn time_products(&self, projection: Projection, rows: usize, way: Way) -> Result<f64> {
+    fn time_products(&self, projection: Projection, rows: usize, way: Way) -> Result<Option<f64>> {
         let pass = self.launches(None);
         let layers = match projection {
             Projection::Head => 1,

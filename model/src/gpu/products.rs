@@ -3,7 +3,7 @@
 
 use candle_core::{DType, Result, bail};
 
-use super::kernels::{FEW_ROWS_MOST, Outputs};
+use super::kernels::{FEW_ROWS_SIZES, Outputs};
 
 /// What a pass multiplies by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,9 +34,6 @@ impl Way {
     ];
 }
 
-/// Numbers of rows that the kernel is compiled for; a way is chosen for each.
-const SIZES: [usize; 3] = [8, 16, FEW_ROWS_MOST];
-
 /// cuBLAS is chosen where it takes less than so much of the kernel's time: the kernel gives a row the same sums in every
 /// batch that it computes, and the choice shall not hang on noise.
 const CLEARLY_FASTER: f64 = 0.95;
@@ -47,7 +44,8 @@ const VARIABLE: &str = "LENGTHWISE_GPU_PRODUCTS";
 /// The ways of a model's products on a device.
 #[derive(Debug, Clone)]
 pub(crate) struct Products {
-    ways: [[Way; Projection::ALL.len()]; SIZES.len()],
+    /// For each number of rows that the kernel is compiled for.
+    ways: [[Way; Projection::ALL.len()]; FEW_ROWS_SIZES.len()],
     /// By measurement, or because there is nothing to choose.
     pub chosen: bool,
 }
@@ -72,35 +70,42 @@ impl Products {
             Projection::O | Projection::Down => Way::FewRows(Outputs::ThirtyTwo),
         };
         Ok(Self {
-            ways: [Projection::ALL.map(way); SIZES.len()],
+            ways: [Projection::ALL.map(way); FEW_ROWS_SIZES.len()],
             chosen,
         })
     }
 
     /// How `rows` rows are multiplied by a weight.
     pub fn way(&self, projection: Projection, rows: usize) -> Way {
-        SIZES
+        FEW_ROWS_SIZES
             .iter()
             .position(|size| rows <= *size)
             .map_or(Way::Blas, |size| self.ways[size][projection as usize])
     }
 
-    /// Chooses by measurement for passes of up to `rows` rows.
+    /// Chooses by measurement for passes of up to `rows` rows, where that says anything.
     ///
     /// - `time`: seconds that a weight's products take in a way, with so many rows
     ///
     /// # Errors
     /// `time`'s.
-    pub fn measure(&mut self, rows: usize, mut time: impl FnMut(Projection, usize, Way) -> Result<f64>) -> Result<()> {
+    pub fn measure(
+        &mut self,
+        rows: usize,
+        mut time: impl FnMut(Projection, usize, Way) -> Result<Option<f64>>,
+    ) -> Result<()> {
         let mut smaller = 0;
-        for (ways, size) in self.ways.iter_mut().zip(SIZES) {
+        for (ways, size) in self.ways.iter_mut().zip(FEW_ROWS_SIZES) {
             if rows <= smaller {
                 break;
             }
             for projection in Projection::ALL {
                 let mut seconds = [0.0; Way::ALL.len()];
                 for (way, seconds) in Way::ALL.iter().zip(&mut seconds) {
-                    *seconds = time(projection, size.min(rows), *way)?;
+                    let Some(measured) = time(projection, size.min(rows), *way)? else {
+                        return Ok(());
+                    };
+                    *seconds = measured;
                 }
                 ways[projection as usize] = fastest(seconds);
                 tracing::debug!(?projection, rows = size, ?seconds, chosen = ?ways[projection as usize], "product");
@@ -131,12 +136,12 @@ mod tests {
         let mut products = Products::new(DType::BF16)?;
         // cuBLAS wins by far for the head, and not clearly for the others; large tiles win for 8 rows.
         products.measure(13, |projection, rows, way| {
-            Ok(match way {
+            Ok(Some(match way {
                 Way::Blas if projection == Projection::Head => 0.5,
                 Way::Blas => 0.96,
                 Way::FewRows(Outputs::Sixteen) => 1.0,
                 Way::FewRows(Outputs::ThirtyTwo) => 1.0 + (rows as f64 - 8.5) / 10.0,
-            })
+            }))
         })?;
         let kernel = Way::FewRows;
         assert_eq!(products.way(Projection::Head, 3), Way::Blas);

@@ -30,6 +30,11 @@ impl LinearKind {
         Self::DownProj,
     ];
 
+    /// Whether it gives keys or values, which a layer has of every token whatever tokens it is read of.
+    pub(crate) fn is_of_every_token(self) -> bool {
+        matches!(self, Self::KProj | Self::VProj)
+    }
+
     /// `q_proj`, `k_proj`, …
     pub fn name(self) -> &'static str {
         match self {

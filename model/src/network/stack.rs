@@ -6,6 +6,8 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, bail};
 
+use crate::lora::AdaptedRows;
+
 /// A decoder layer that computes its own gradients.
 ///
 /// The factors are those of all layers, one behind the other; a layer knows the place of its own.
@@ -64,6 +66,19 @@ impl Keeps {
             (true, false) => Self::Layers,
         }
     }
+}
+
+/// The packed rows that a backward pass stays within, where those are not all: the ones that the adapter changes, if nothing
+/// but its factors wants a gradient and not all rows are read of the last layer.
+pub(crate) fn rows_within(
+    adapted: Option<&AdaptedRows>,
+    x: &Tensor,
+    factors: &Tensor,
+    reads_all: bool,
+) -> Option<Vec<u32>> {
+    let narrows = factors.track_op() && !x.track_op() && !reads_all;
+    let rows = adapted.filter(|_| narrows)?.changed();
+    (!rows.is_empty()).then_some(rows)
 }
 
 /// Layers with what a forward pass left for the backward pass.

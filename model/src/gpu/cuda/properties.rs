@@ -15,9 +15,6 @@ pub(crate) struct Properties {
     pub multiprocessors: usize,
     /// Bytes of shared memory that a block may have where it asks for them.
     pub most_shared: usize,
-    /// Kernels may be launched before the one ahead has ended (programmatic dependent launch, from compute capability 9.0
-    /// on): each waits itself, `after_earlier` in common.cuh, if it was compiled for that.
-    pub launches_early: bool,
 }
 
 impl Properties {
@@ -25,15 +22,28 @@ impl Properties {
     /// The driver does not tell.
     pub fn of(context: &Arc<CudaContext>) -> Result<Self> {
         use CUdevice_attribute::*;
-        let attribute = |which| context.attribute(which).map_err(Error::wrap);
         Ok(Self {
-            multiprocessors: attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
-            most_shared: attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
-            launches_early: std::env::var_os(VARIABLE).is_none()
-                && compiled_for() >= 90
-                && attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? >= 9,
+            multiprocessors: attribute(context, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize,
+            most_shared: attribute(context, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize,
         })
     }
+}
+
+fn attribute(context: &Arc<CudaContext>, which: CUdevice_attribute) -> Result<i32> {
+    context.attribute(which).map_err(Error::wrap)
+}
+
+/// Whether kernels may be launched before the one ahead has ended (programmatic dependent launch, from compute capability 9.0
+/// on): each waits itself, `after_earlier` in common.cuh, if it was compiled for that.
+///
+/// # Errors
+/// The driver does not tell.
+pub(super) fn launches_early(context: &Arc<CudaContext>) -> Result<bool> {
+    let major = attribute(
+        context,
+        CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+    )?;
+    Ok(std::env::var_os(VARIABLE).is_none() && compiled_for() >= 90 && major >= 9)
 }
 
 /// The compute capability that the kernels were compiled for, times ten.

@@ -5,8 +5,8 @@ use candle_core::{Result, bail};
 use super::Kernels;
 use crate::gpu::work::{Address, Arg};
 
-/// Most rows of such a product.
-pub(crate) const FEW_ROWS_MOST: usize = 32;
+/// Numbers of rows that the kernel is compiled for.
+pub(crate) const FEW_ROWS_SIZES: [usize; 3] = [8, 16, 32];
 
 /// `FEW_ROWS_WARPS`, `FEW_ROWS_STEP`, and bytes of a warp's steps of the weight.
 const WARPS: usize = 8;
@@ -79,9 +79,10 @@ impl Outputs {
 }
 
 impl Product {
-    /// Rows that the kernel computes for these: 8, 16 or 32.
+    /// Rows that the kernel computes for these; the most that it has for more.
     fn padded_rows(&self) -> usize {
-        self.rows.next_power_of_two().max(8)
+        let [sizes @ .., most] = FEW_ROWS_SIZES;
+        sizes.into_iter().find(|size| self.rows <= *size).unwrap_or(most)
     }
 
     /// Tiles of the output.
@@ -116,12 +117,12 @@ impl Kernels<'_> {
             .find(|tile| product.shared(*tile) <= self.gpu.most_shared())
     }
 
-    /// A product of at most [`FEW_ROWS_MOST`] rows, in a dtype of 16 bits.
+    /// A product of at most as many rows as the last of [`FEW_ROWS_SIZES`], in a dtype of 16 bits.
     ///
     /// # Safety
     /// The addresses hold what is said at the fields; x and w are aligned to 16 bytes, and so are their rows.
     pub unsafe fn few_rows(&self, product: &Product, tile: FewRowsTile) -> Result<()> {
-        if product.rows > FEW_ROWS_MOST || self.dtype.size_in_bytes() != 2 {
+        if product.rows > product.padded_rows() || self.dtype.size_in_bytes() != 2 {
             bail!("no product of {} rows in {}", product.rows, self.dtype.as_str());
         }
         let args = [

@@ -149,27 +149,6 @@ impl Kernels<'_> {
         unsafe { self.launch("place_rows", (rows, 1, 1), ROW_THREADS, 0, &args) }
     }
 
-    /// `out[r] = x[wanted[r]]`, f32 of any width.
-    ///
-    /// # Safety
-    /// The addresses hold `[rows, width]`, the rows that are wanted, and `[rows]`.
-    pub unsafe fn pick_floats(
-        &self,
-        out: Address,
-        x: Address,
-        wanted: Address,
-        (rows, width): (usize, usize),
-    ) -> Result<()> {
-        let args = [
-            Arg::Pointer(out),
-            Arg::Pointer(x),
-            Arg::Pointer(wanted),
-            Arg::Int(width as i32),
-        ];
-        // SAFETY: the caller's promise.
-        unsafe { self.launch("pick_floats", (rows, 1, 1), ROW_THREADS, 0, &args) }
-    }
-
     /// `x[r] += bias`.
     ///
     /// # Safety

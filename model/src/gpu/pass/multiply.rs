@@ -1,11 +1,10 @@
 //! A pass' products, each in the way that was chosen for it.
 
-use candle_core::{DType, Result};
+use candle_core::Result;
 
 use super::launches::Launches;
 use crate::gpu::kernels::{Epilogue, Product};
 use crate::gpu::products::{Projection, Way};
-use crate::gpu::work::{Gemm, Side};
 
 impl Launches<'_> {
     /// A weight's product of `rows` rows, from where a pass has its inputs to where it wants its outputs.
@@ -75,38 +74,12 @@ impl Launches<'_> {
                 (Some(tile), _) => self.kernels.few_rows(product, tile),
                 (None, Epilogue::Gated) => {
                     let both = self.ungated(product);
-                    self.blas(&both)?;
+                    self.kernels.blas(&both)?;
                     self.kernels
                         .swiglu(product.out, both.out, product.rows, product.outputs)
                 }
-                (None, _) => self.blas(product),
+                (None, _) => self.kernels.blas(product),
             }
         }
-    }
-
-    /// A product that is not gated.
-    ///
-    /// # Safety
-    /// As [`Launches::multiply`].
-    unsafe fn blas(&self, product: &Product) -> Result<()> {
-        let dtype = self.kernels.dtype;
-        let gemm = Gemm {
-            out: product.out,
-            x: product.x,
-            w: product.w,
-            side: Side::Transposed,
-            rows: product.rows,
-            outputs: product.outputs,
-            inputs: product.inputs,
-            accumulate: product.epilogue == Epilogue::Add,
-            dtype,
-            out_dtype: if product.epilogue == Epilogue::F32 {
-                DType::F32
-            } else {
-                dtype
-            },
-        };
-        // SAFETY: the caller's promise.
-        unsafe { self.cache.gpu.gemm(&gemm) }
     }
 }

@@ -24,16 +24,20 @@ fn embedding_takes_tokens_and_those_that_only_the_device_has() -> Result<()> {
 #[test]
 fn gathered_rows_are_those_that_were_named() -> Result<()> {
     on_each_device(|gpu, device| {
-        let x = values(&[4, 2056], 2, DType::BF16, device)?;
-        let (wanted, out) = (words(&[3, 1], device)?, zeros(&[2, 2056], DType::BF16, device)?);
-        let [o, x_at, w] = addresses(gpu, [&out, &x, &wanted])?;
-        // SAFETY: the tensors have the shapes that the kernel reads and writes.
-        unsafe { kernels(gpu, DType::BF16).gather_rows(o, x_at, w, 2, 2056)? };
-        assert_close(
-            &read(&out)?,
-            &read(&x)?.index_select(&Tensor::new(&[3u32, 1], &Device::Cpu)?, 0)?,
-            0.0,
-        )
+        // More than a block's threads load at once, and no multiple of 16 bytes.
+        for (dtype, width) in [(DType::BF16, 2056), (DType::F32, 3), (DType::F32, 258)] {
+            let x = values(&[4, width], 2, dtype, device)?;
+            let (wanted, out) = (words(&[3, 1], device)?, zeros(&[2, width], dtype, device)?);
+            let [o, x_at, w] = addresses(gpu, [&out, &x, &wanted])?;
+            // SAFETY: the tensors have the shapes that the kernel reads and writes.
+            unsafe { kernels(gpu, dtype).gather_rows(o, x_at, w, 2, width)? };
+            assert_close(
+                &read(&out)?,
+                &read(&x)?.index_select(&Tensor::new(&[3u32, 1], &Device::Cpu)?, 0)?,
+                0.0,
+            )?;
+        }
+        Ok(())
     })
 }
 

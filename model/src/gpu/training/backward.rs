@@ -183,7 +183,10 @@ impl GpuLayer {
         let normed = self.normed(on, x, m)?;
         // The rows that ask, where those are others, and the gradient of theirs.
         let apart = self.read().places != 0;
-        let asking = if apart { Some(self.asking(on, all)?) } else { None };
+        let asking = match apart && self.terms.has(QProj) {
+            true => Some(self.asking(on, all)?),
+            false => None,
+        };
         let part = if apart && deep {
             Some(on.take(n * hidden)?)
         } else {

@@ -10,7 +10,7 @@ use super::layer::{GpuLayer, Kept, Reads};
 use super::pool::Rows;
 use crate::gpu::kernels::Kernels;
 use crate::gpu::work::Address;
-use crate::lora::LinearKind::{self, KProj, VProj};
+use crate::lora::LinearKind;
 
 impl GpuLayer {
     /// The layer as the backward pass reads it: the changed rows of one whose rows are all read.
@@ -24,20 +24,28 @@ impl GpuLayer {
         }
     }
 
-    /// The rows that a linear layer has in the backward pass. Keys and values are of all rows whatever rows are read; those
-    /// that are unchanged have no gradient.
-    pub(super) fn rows_back(&self, kind: LinearKind) -> &Reading {
-        match kind {
-            KProj | VProj => self.inputs.changed.as_ref().unwrap_or(&self.inputs.all),
-            _ => self.read(),
+    /// The rows that a linear layer has in the forward pass.
+    pub(super) fn rows_forward(&self, kind: LinearKind) -> &Reading {
+        if kind.is_of_every_token() {
+            &self.inputs.all
+        } else {
+            self.read()
         }
     }
 
-    /// The places of these rows in the forward pass, 0 where they were the same.
+    /// Those that it has in the backward pass: keys and values that are unchanged have no gradient.
+    pub(super) fn rows_back(&self, kind: LinearKind) -> &Reading {
+        match &self.inputs.changed {
+            Some(changed) if kind.is_of_every_token() => changed,
+            _ => self.rows_forward(kind),
+        }
+    }
+
+    /// The places of these in the forward pass, 0 where they were the same.
     pub(super) fn places_forward(&self, kind: LinearKind) -> Address {
-        match (kind, self.reads) {
-            (KProj | VProj, _) | (_, Reads::Changed) => self.rows_back(kind).rows,
-            _ => 0,
+        match kind.is_of_every_token() || self.reads == Reads::Changed {
+            true => self.rows_back(kind).rows,
+            false => 0,
         }
     }
 
@@ -57,13 +65,13 @@ impl GpuLayer {
                 let picked = self.pick(on, changed, all.address(), width)?;
                 on.give([std::mem::replace(all, picked)]);
             }
-            pick_floats(on, changed, &mut kept.log_sums, heads)?;
+            keep_floats(on, changed, &mut kept.log_sums, heads)?;
         }
         for low in &mut kept.low {
             if let Some(term) = self.terms.get(low.kind)
-                && (self.reads == Reads::All || matches!(low.kind, KProj | VProj))
+                && (self.reads == Reads::All || low.kind.is_of_every_token())
             {
-                pick_floats(on, changed, &mut low.low, term.rank)?;
+                keep_floats(on, changed, &mut low.low, term.rank)?;
             }
         }
         Ok(kept)
@@ -71,15 +79,14 @@ impl GpuLayer {
 }
 
 /// The changed rows of all, f32, in their place.
-fn pick_floats(on: &mut Locked, changed: &Reading, all: &mut Rows, width: usize) -> Result<()> {
-    let picked = on.take_floats(changed.queries * width)?;
+fn keep_floats(on: &mut Locked, changed: &Reading, all: &mut Rows, width: usize) -> Result<()> {
+    let (rows, kept) = (changed.queries, on.take_floats(changed.queries * width)?);
     let kernels = Kernels {
         dtype: DType::F32,
         ..on.kernels()
     };
-    let size = (changed.queries, width);
     // SAFETY: memory was just taken for as many rows, and the changed are among all.
-    unsafe { kernels.pick_floats(picked.address(), all.address(), changed.rows, size)? };
-    on.give([std::mem::replace(all, picked)]);
+    unsafe { kernels.gather_rows(kept.address(), all.address(), changed.rows, rows, width)? };
+    on.give([std::mem::replace(all, kept)]);
     Ok(())
 }

@@ -361,9 +361,11 @@ impl GpuLayer {
     /// These rows of all.
     pub(super) fn pick(&self, on: &mut Locked, reading: &Reading, all: Address, width: usize) -> Result<Rows> {
         let picked = on.take(reading.queries * width)?;
-        let size = (reading.queries, width);
         // SAFETY: see `run`.
-        unsafe { on.kernels().place_rows(picked.address(), 0, all, reading.rows, size)? };
+        unsafe {
+            on.kernels()
+                .gather_rows(picked.address(), all, reading.rows, reading.queries, width)?
+        };
         Ok(picked)
     }
 

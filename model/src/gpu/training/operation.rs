@@ -10,7 +10,7 @@ use super::layer::{GpuLayer, Reads};
 use super::pool::Rows;
 use super::{Device, Place};
 use crate::lora::{self, AdaptedRows, Adapter, Dropout, Terms};
-use crate::network::{Keeps, Stack};
+use crate::network::{Keeps, Stack, rows_within};
 
 /// What the layers of one training pass share.
 pub(crate) struct GpuTraining<'a> {
@@ -40,10 +40,8 @@ impl GpuTraining<'_> {
         let numbers = 0..device.config.num_hidden_layers;
         let factors = lora::flat_factors(self.adapter, numbers.clone(), x.device())?;
         let keeps = Keeps::of(&x, &factors, self.checkpointing);
-        // As on the CPU (network/layer/operation.rs).
-        let narrows = factors.track_op() && !x.track_op() && self.read.len() < self.positions.len();
-        let changed = self.adapted.filter(|_| narrows).map(AdaptedRows::changed);
-        let changed = changed.filter(|rows| !rows.is_empty());
+        let reads_all = self.read.len() == self.positions.len();
+        let changed = rows_within(self.adapted, &x, &factors, reads_all);
         let scale = self.adapter.map_or(0.0, |adapter| adapter.config().scale() as f32);
         let inputs = PassInputs::new(
             device.lock().gpu(),

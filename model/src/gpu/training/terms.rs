@@ -7,8 +7,7 @@ use super::pool::Rows;
 use super::{Locked, Place};
 use crate::gpu::kernels::{Drop, Factor};
 use crate::gpu::work::Address;
-use crate::lora::LinearKind::{self, KProj, VProj};
-use crate::lora::Term;
+use crate::lora::{LinearKind, Term};
 
 /// Rows of a linear layer's input or output: where they begin, and the elements from one to the next.
 pub(super) type Strided = (Address, usize);
@@ -34,10 +33,7 @@ impl GpuLayer {
         let Some(term) = self.terms.get(kind) else {
             return Ok(None);
         };
-        let of = match kind {
-            KProj | VProj => &self.inputs.all,
-            _ => self.read(),
-        };
+        let of = self.rows_forward(kind);
         let rows = of.queries;
         let low = on.take_floats(rows * term.rank)?;
         let (a, b) = factors_at(term, factors.address);

@@ -126,14 +126,18 @@ impl LayerOp {
             .collect();
         self.through(&of_inputs, normed.as_deref(), dnormed.as_deref_mut(), factors);
         if let (Some((rows, places)), Some(dq)) = (&apart, &dq) {
-            let asking = self.pick(rows, x, hidden);
-            let normed = self.normed(&asking, norm)?;
-            let mut part = deep.then(|| scratch.take(asking.len()));
-            self.through(&[(QProj, dq)], Some(&normed), part.as_deref_mut(), factors);
+            let mut part = deep.then(|| scratch.take(rows.len() * hidden));
+            let mut asking = None;
+            if self.terms.has(QProj) {
+                let read = self.pick(rows, x, hidden);
+                asking = Some(self.normed(&read, norm)?);
+                scratch.give([read]);
+            }
+            self.through(&[(QProj, dq)], asking.as_deref(), part.as_deref_mut(), factors);
             if let (Some(dnormed), Some(part)) = (&mut dnormed, &part) {
                 add_rows(dnormed, places, part, hidden);
             }
-            scratch.give(part.into_iter().chain([asking, normed]));
+            scratch.give(part.into_iter().chain(asking));
         }
         scratch.give([dq, dk, dv, normed].into_iter().flatten());
         let Some(dnormed) = dnormed else {

@@ -8,13 +8,12 @@ use super::{Kept, LayerOp, LowRank, Read};
 use crate::lora::{AdaptedRows, LinearKind};
 
 impl Read {
-    /// The rows that an adapter changes of a pass that is read like this, if there are any.
-    pub(super) fn changed(&self, adapted: &AdaptedRows) -> Option<Self> {
-        let rows = adapted.changed();
-        (!rows.is_empty()).then(|| Self {
+    /// These rows of the same sequences.
+    pub(super) fn of(&self, rows: Vec<u32>) -> Self {
+        Self {
             sequences: Arc::new(self.sequences.asked_by(&rows)),
             rows: Some(rows.into()),
-        })
+        }
     }
 }
 
@@ -60,8 +59,7 @@ impl LayerOp {
             }
         }
         for low in &mut kept.low {
-            // Keys and values are of all rows whatever rows are read.
-            if self.read.rows.is_none() || matches!(low.kind(), LinearKind::KProj | LinearKind::VProj) {
+            if self.read.rows.is_none() || low.kind().is_of_every_token() {
                 self.keep_low(rows, low);
             }
         }
@@ -80,10 +78,8 @@ impl LayerOp {
 
     /// The rows that the adapter changes of those that the backward pass has of a linear layer, where that is not all.
     pub(super) fn adapted_back(&self, kind: LinearKind) -> Option<&AdaptedRows> {
-        match kind {
-            LinearKind::KProj | LinearKind::VProj if self.changed.is_some() => None,
-            _ => self.adapted.as_deref(),
-        }
+        let within = kind.is_of_every_token() && self.changed.is_some();
+        self.adapted.as_deref().filter(|_| !within)
     }
 
     /// The rows that ask, where those are not the ones whose inputs have a gradient, and the place of each among these; `None`

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
-use super::super::stack::{Keeps, Stack};
+use super::super::stack::{Keeps, Stack, rows_within};
 
 use super::{LayerOp, Read};
 use crate::cpu::Scratch;
@@ -34,18 +34,10 @@ impl Training<'_> {
     ///
     /// - `blocks`: one or more layers, numbered from `first`; all tokens are read of all but the last of them
     /// - `x`: `[tokens, hidden]`
-    ///
-    /// Where `x` wants no gradient and not all rows are read at the end, the backward pass stays within the rows that the
-    /// adapter changes.
     pub fn run(&self, blocks: &[Block], first: usize, x: &Tensor, [all, last]: [&Read; 2]) -> Result<Tensor> {
         let numbers = first..first + blocks.len();
         let factors = lora::flat_factors(self.adapter, numbers.clone(), x.device())?;
-        let narrows = factors.track_op() && !x.track_op() && last.rows.is_some();
-        let changed = self
-            .adapted
-            .as_deref()
-            .filter(|_| narrows)
-            .and_then(|adapted| all.changed(adapted));
+        let changed = rows_within(self.adapted.as_deref(), x, &factors, last.rows.is_none()).map(|rows| all.of(rows));
         let mut start = 0;
         let layers = blocks.iter().zip(numbers.clone()).map(|(block, number)| {
             let terms = Terms::of(self.adapter, number, start)?;
