@@ -67,7 +67,7 @@ pub(super) fn save(
     let last = newest(output);
     let _ = fs::remove_dir_all(&beside);
     tuned.save(&beside, base_model)?;
-    let (tensors, _) = adamw.state();
+    let (tensors, _) = adamw.state()?;
     candle_core::safetensors::save(&tensors, beside.join("optimizer.safetensors"))?;
     let json = serde_json::to_string_pretty(state).expect("plain data is serialisable");
     fs::write(beside.join("state.json"), json).map_err(io(&beside))?;

@@ -34,7 +34,9 @@ impl Default for AdamWConfig {
 pub struct AdamW {
     config: AdamWConfig,
     parameters: BTreeMap<String, Tensor>,
-    moments: BTreeMap<String, (Tensor, Tensor)>,
+    /// The first and second moments, f32: those of all parameters one behind the other, in the order of their names, so that
+    /// a step is a few operations however many parameters there are.
+    moments: [Tensor; 2],
     steps: usize,
 }
 
@@ -42,25 +44,22 @@ impl AdamW {
     /// For variables by name.
     ///
     /// # Errors
-    /// The device failed.
+    /// There are none, or the device failed.
     pub fn new(parameters: BTreeMap<String, Tensor>, config: AdamWConfig) -> Result<Self> {
-        let mut moments = BTreeMap::new();
-        for (name, parameter) in &parameters {
-            let zeros = || Tensor::zeros(parameter.shape(), DType::F32, parameter.device());
-            moments.insert(name.clone(), (zeros()?, zeros()?));
-        }
+        let zeros = |p: &Tensor| Tensor::zeros(p.shape(), DType::F32, p.device());
+        let zeros = flat(parameters.values().map(zeros))?;
         Ok(Self {
             config,
             parameters,
-            moments,
+            moments: [zeros.clone(), zeros],
             steps: 0,
         })
     }
 
-    /// One step along `grads`; a parameter without a gradient stays.
+    /// One step along `grads`.
     ///
     /// # Errors
-    /// The device failed.
+    /// A parameter has no gradient, or the device failed.
     pub fn step(&mut self, grads: &Gradients, learning_rate: f64) -> Result<()> {
         let AdamWConfig {
             beta1,
@@ -71,28 +70,45 @@ impl AdamW {
         self.steps += 1;
         let bias1 = 1.0 - beta1.powi(self.steps as i32);
         let bias2 = 1.0 - beta2.powi(self.steps as i32);
-        for (name, parameter) in &self.parameters {
-            let (Some(grad), Some((m, v))) = (grads.get(name), self.moments.get_mut(name)) else {
-                continue;
-            };
-            *m = ((&*m * beta1)? + (grad * (1.0 - beta1))?)?;
-            *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
-            let denominator = ((v.sqrt()? * (1.0 / bias2.sqrt()))? + eps)?;
-            let update = (m.div(&denominator)? * (learning_rate / bias1))?;
-            let decayed = (parameter.detach() * (1.0 - learning_rate * weight_decay))?;
-            Var::from_tensor(parameter)?.set(&(decayed - update)?)?;
+        let grad = flat(self.parameters.keys().map(|name| match grads.get(name) {
+            Some(grad) => Ok(grad.clone()),
+            None => candle_core::bail!("no gradient reached {name}"),
+        }))?;
+        let [m, v] = &mut self.moments;
+        *m = ((&*m * beta1)? + (&grad * (1.0 - beta1))?)?;
+        *v = ((&*v * beta2)? + (grad.sqr()? * (1.0 - beta2))?)?;
+        let denominator = ((v.sqrt()? * (1.0 / bias2.sqrt()))? + eps)?;
+        let update = (m.div(&denominator)? * (learning_rate / bias1))?;
+        let before = flat(self.parameters.values().map(|p| Ok(p.detach())))?;
+        let after = ((before * (1.0 - learning_rate * weight_decay))? - update)?;
+        for (parameter, part) in self.parameters.values().zip(self.parts(&after)) {
+            Var::from_tensor(parameter)?.set(&part?)?;
         }
         Ok(())
     }
 
+    /// What each parameter has of `all`, which holds the like of every one.
+    fn parts<'a>(&'a self, all: &'a Tensor) -> impl Iterator<Item = Result<Tensor>> + 'a {
+        self.parameters.values().scan(0, |begin, parameter| {
+            let length = parameter.elem_count();
+            let part = all.narrow(0, *begin, length);
+            *begin += length;
+            Some(part.and_then(|part| part.reshape(parameter.shape())))
+        })
+    }
+
     /// The moments under `m.NAME` and `v.NAME`, and the steps done.
-    pub fn state(&self) -> (HashMap<String, Tensor>, usize) {
+    ///
+    /// # Errors
+    /// The device failed.
+    pub fn state(&self) -> Result<(HashMap<String, Tensor>, usize)> {
         let mut state = HashMap::new();
-        for (name, (m, v)) in &self.moments {
-            state.insert(format!("m.{name}"), m.clone());
-            state.insert(format!("v.{name}"), v.clone());
+        for (letter, moments) in ["m", "v"].into_iter().zip(&self.moments) {
+            for (name, moment) in self.parameters.keys().zip(self.parts(moments)) {
+                state.insert(format!("{letter}.{name}"), moment?);
+            }
         }
-        (state, self.steps)
+        Ok((state, self.steps))
     }
 
     /// Goes on from a state that [`AdamW::state`] gave.
@@ -100,17 +116,24 @@ impl AdamW {
     /// # Errors
     /// A moment is missing or of another shape.
     pub fn restore(&mut self, state: &HashMap<String, Tensor>, steps: usize) -> Result<()> {
-        for (name, (m, v)) in &mut self.moments {
-            for (key, moment) in [(format!("m.{name}"), m), (format!("v.{name}"), v)] {
+        for (letter, moments) in ["m", "v"].into_iter().zip(&mut self.moments) {
+            *moments = flat(self.parameters.iter().map(|(name, parameter)| {
+                let key = format!("{letter}.{name}");
                 match state.get(&key) {
-                    Some(saved) if saved.shape() == moment.shape() => *moment = saved.clone(),
+                    Some(saved) if saved.shape() == parameter.shape() => Ok(saved.clone()),
                     _ => candle_core::bail!("optimiser state {key} is missing or of another shape"),
                 }
-            }
+            }))?;
         }
         self.steps = steps;
         Ok(())
     }
+}
+
+/// The elements of all tensors, one behind the other.
+fn flat(tensors: impl Iterator<Item = Result<Tensor>>) -> Result<Tensor> {
+    let tensors: Vec<Tensor> = tensors.map(|tensor| tensor?.flatten_all()).collect::<Result<_>>()?;
+    Tensor::cat(&tensors, 0)
 }
 
 #[cfg(test)]
@@ -137,6 +160,40 @@ mod tests {
     }
 
     #[test]
+    fn each_parameter_steps_as_it_does_alone() -> Result<()> {
+        let run = |names: &[&str]| -> Result<Vec<Vec<f32>>> {
+            let var = |name: &&str| {
+                let values: &[f32] = if **name == *"a" { &[1., -2., 3., 4.] } else { &[0.5, 7.] };
+                let var = Var::from_tensor(&Tensor::new(values, &Device::Cpu)?.reshape((values.len() / 2, 2))?)?;
+                Ok(((*name).to_owned(), var.as_tensor().clone()))
+            };
+            let parameters: BTreeMap<String, Tensor> = names.iter().map(var).collect::<Result<_>>()?;
+            let mut adamw = AdamW::new(parameters.clone(), AdamWConfig::default())?;
+            for _ in 0..3 {
+                let mut grads = Gradients::default();
+                for parameter in parameters.values() {
+                    grads.add(&parameters, &parameter.powf(3.0)?.sum_all()?.backward()?)?;
+                }
+                adamw.step(&grads, 0.01)?;
+            }
+            let flat = |p: &Tensor| p.flatten_all()?.to_vec1();
+            parameters.values().map(flat).collect()
+        };
+        assert_eq!(run(&["a", "b"])?, [run(&["a"])?, run(&["b"])?].concat());
+        Ok(())
+    }
+
+    #[test]
+    fn a_parameter_that_no_gradient_reaches_is_an_error() -> Result<()> {
+        let var = Var::zeros(2, DType::F32, &Device::Cpu)?;
+        let parameters = BTreeMap::from([("w".to_owned(), var.as_tensor().clone())]);
+        let mut adamw = AdamW::new(parameters, AdamWConfig::default())?;
+        let error = adamw.step(&Gradients::default(), 0.1).expect_err("w has none");
+        assert!(error.to_string().contains("no gradient reached w"), "{error}");
+        Ok(())
+    }
+
+    #[test]
     fn a_restored_optimiser_steps_as_the_one_saved() -> Result<()> {
         let run = |stop: usize| -> Result<Vec<f32>> {
             let var = Var::from_tensor(&Tensor::new(&[1f32, 3.], &Device::Cpu)?)?;
@@ -144,7 +201,7 @@ mod tests {
             let mut adamw = AdamW::new(parameters.clone(), AdamWConfig::default())?;
             for step in 0..6 {
                 if step == stop {
-                    let (state, steps) = adamw.state();
+                    let (state, steps) = adamw.state()?;
                     adamw = AdamW::new(parameters.clone(), AdamWConfig::default())?;
                     adamw.restore(&state, steps)?;
                 }

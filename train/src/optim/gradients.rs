@@ -55,11 +55,7 @@ impl Gradients {
     /// # Errors
     /// The device failed.
     pub fn clip(&mut self, max_norm: f64) -> Result<f64> {
-        let mut squares = 0f64;
-        for grad in self.0.values() {
-            squares += f64::from(grad.sqr()?.sum_all()?.to_scalar::<f32>()?);
-        }
-        let norm = squares.sqrt();
+        let norm = self.norm()?;
         let scale = max_norm / (norm + 1e-6);
         if max_norm > 0.0 && scale < 1.0 {
             for grad in self.0.values_mut() {
@@ -67,6 +63,16 @@ impl Gradients {
             }
         }
         Ok(norm)
+    }
+
+    /// The joint norm. A GPU is waited for once, not once per gradient.
+    fn norm(&self) -> Result<f64> {
+        let squares: Vec<Tensor> = self.0.values().map(|grad| grad.sqr()?.sum_all()).collect::<Result<_>>()?;
+        if squares.is_empty() {
+            return Ok(0.0);
+        }
+        let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+        Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
     }
 }
 
