@@ -54,12 +54,11 @@ __device__ void attend_rows(T *out, float *partial, const T *qkv, const T *keys,
         Pack<T> k[KEYS_AHEAD], v[KEYS_AHEAD];
 #pragma unroll
         for (int u = 0; u < KEYS_AHEAD; u++) {
-            const int key = round + u * groups + group;
-            if (key < end && holds) {
-                const size_t at = cache_slot(table, key) * kv_width + kv_head * head_dim + lane * VEC;
-                k[u] = load_pack(keys + at);
-                v[u] = load_pack(values + at);
-            }
+            // Behind the last key that one again: a load under a condition would be waited for before the next begins.
+            const int key = min(round + u * groups + group, end - 1);
+            const size_t at = cache_slot(table, key) * kv_width + kv_head * head_dim + (holds ? lane * VEC : 0);
+            k[u] = load_pack(keys + at);
+            v[u] = load_pack(values + at);
         }
 #pragma unroll
         for (int u = 0; u < KEYS_AHEAD; u++) {

@@ -21,14 +21,18 @@ template <int D> struct Running {
 template <typename T, int D>
 __device__ inline void copy_cached(Tile<T, D> tile, const T *cache, const uint32_t *table, int begin, int last,
                                    int kv_width) {
-    constexpr int CHUNKS = D / 8;
+    constexpr int CHUNKS = D / 8, COPIES = MMA_KEYS * CHUNKS / MMA_THREADS;
+    static_assert(MMA_KEYS * CHUNKS % MMA_THREADS == 0, "each thread copies as much");
+    // All of the table first: else each copy would wait for its own entry.
+    size_t slots[COPIES];
 #pragma unroll
-    for (int i = threadIdx.x; i < MMA_KEYS * CHUNKS; i += MMA_THREADS) {
-        const int key = i / CHUNKS, chunk = i % CHUNKS;
-        const bool there = begin + key <= last;
+    for (int u = 0; u < COPIES; u++)
+        slots[u] = cache_slot(table, min(begin + (int)(threadIdx.x + u * MMA_THREADS) / CHUNKS, last));
+#pragma unroll
+    for (int u = 0; u < COPIES; u++) {
+        const int i = threadIdx.x + u * MMA_THREADS, key = i / CHUNKS, chunk = i % CHUNKS;
         // Values behind the last are multiplied by 0: they must be numbers.
-        const T *from = there ? cache + cache_slot(table, begin + key) * kv_width + chunk * 8 : cache;
-        copy_async(tile.chunk(key, chunk), from, there);
+        copy_async(tile.chunk(key, chunk), cache + slots[u] * kv_width + chunk * 8, begin + key <= last);
     }
 }
 
@@ -189,13 +193,13 @@ __device__ void attend_tiles_mma(T *out, const T *qkv, const T *keys, const T *v
 
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const float weight = sum_lanes(running.weight[r], 4);
+        const float inverse = 1.0f / sum_lanes(running.weight[r], 4);
         const int query = own + group + 8 * r;
         if (query >= count) continue;
         T *to = out + ((size_t)(row + query) * heads + head) * D + 2 * (threadIdx.x % 4);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            const uint32_t pair = pack_pair<T>(running.sum[n][2 * r] / weight, running.sum[n][2 * r + 1] / weight);
+            const uint32_t pair = pack_pair<T>(running.sum[n][2 * r] * inverse, running.sum[n][2 * r + 1] * inverse);
             *reinterpret_cast<uint32_t *>(to + n * 8) = pair;
         }
     }

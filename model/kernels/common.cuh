@@ -56,6 +56,14 @@ template <typename T> struct alignas(16) Pack {
 template <typename T> __device__ inline Pack<T> load_pack(const T *p) { return *reinterpret_cast<const Pack<T> *>(p); }
 template <typename T> __device__ inline void store_pack(T *p, const Pack<T> &x) { *reinterpret_cast<Pack<T> *>(p) = x; }
 
+// Two neighbours, which one load brings.
+template <typename T> struct alignas(2 * sizeof(T)) Pair {
+    T v[2];
+};
+
+template <typename T> __device__ inline Pair<T> load_pair(const T *p) { return *reinterpret_cast<const Pair<T> *>(p); }
+template <typename T> __device__ inline void store_pair(T *p, const Pair<T> &x) { *reinterpret_cast<Pair<T> *>(p) = x; }
+
 // The sum over the `lanes` (a power of two) neighbours that share a result; every lane of the warp must call it.
 __device__ inline float sum_lanes(float x, int lanes) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(FULL_WARP, x, offset);

@@ -5,7 +5,14 @@
 #define LOW_RANK_ROWS 4
 #define LOW_RANK_AT_ONCE 8
 
-// low[r] = scale[r] * (a x[r]), 0 where scale[r] is 0.
+// Whether any of a block's rows has the adapter.
+__device__ inline bool any_scaled(const float *scale, int row, int row_count) {
+    bool any = false;
+    for (int r = 0; r < row_count; r++) any = any || scale[row + r] != 0.0f;
+    return any;
+}
+
+// low[r] = scale[r] * (a x[r]), 0 or left as it is where scale[r] is 0.
 // - x: [rows, width]; a: [rank, width] f32; low: [rows, rank] f32; scale: [rows] f32
 // A block takes LOW_RANK_ROWS rows and LOW_RANK_AT_ONCE ranks, so that a's rows are read once for several rows.
 template <typename T>
@@ -13,23 +20,19 @@ __device__ void low_rank_down(float *low, const T *x, const float *a, const floa
                               int rank) {
     const int row = blockIdx.x * LOW_RANK_ROWS, first = blockIdx.y * LOW_RANK_AT_ONCE;
     const int row_count = min(LOW_RANK_ROWS, rows - row), rank_count = min(LOW_RANK_AT_ONCE, rank - first);
-    bool any = false;
-    for (int r = 0; r < row_count; r++) any = any || scale[row + r] != 0.0f;
+    if (!any_scaled(scale, row, row_count)) return; // The whole block.
     float sums[LOW_RANK_ROWS][LOW_RANK_AT_ONCE];
     for (int r = 0; r < LOW_RANK_ROWS; r++)
         for (int k = 0; k < LOW_RANK_AT_ONCE; k++) sums[r][k] = 0;
-    if (any) {
-        for (int i = threadIdx.x; i < width; i += blockDim.x) {
-            float xs[LOW_RANK_ROWS];
+    for (int i = threadIdx.x; i < width; i += blockDim.x) {
+        float xs[LOW_RANK_ROWS];
 #pragma unroll
-            for (int r = 0; r < LOW_RANK_ROWS; r++)
-                xs[r] = r < row_count ? widen(x[(size_t)(row + r) * width + i]) : 0.0f;
+        for (int r = 0; r < LOW_RANK_ROWS; r++) xs[r] = r < row_count ? widen(x[(size_t)(row + r) * width + i]) : 0.0f;
 #pragma unroll
-            for (int k = 0; k < LOW_RANK_AT_ONCE; k++) {
-                const float w = k < rank_count ? a[(size_t)(first + k) * width + i] : 0.0f;
+        for (int k = 0; k < LOW_RANK_AT_ONCE; k++) {
+            const float w = k < rank_count ? a[(size_t)(first + k) * width + i] : 0.0f;
 #pragma unroll
-                for (int r = 0; r < LOW_RANK_ROWS; r++) sums[r][k] += xs[r] * w;
-            }
+            for (int r = 0; r < LOW_RANK_ROWS; r++) sums[r][k] += xs[r] * w;
         }
     }
     // Every warp's sums side by side, so that one barrier does for all of them.
@@ -58,7 +61,7 @@ __device__ void low_rank_up(T *out, const float *low, const float *b, const floa
                             int stride, int rank) {
     const int row = blockIdx.x * LOW_RANK_ROWS, i = blockIdx.y * blockDim.x + threadIdx.x;
     const int row_count = min(LOW_RANK_ROWS, rows - row);
-    if (i >= width) return;
+    if (i >= width || !any_scaled(scale, row, row_count)) return;
     float sums[LOW_RANK_ROWS];
 #pragma unroll
     for (int r = 0; r < LOW_RANK_ROWS; r++) sums[r] = 0;

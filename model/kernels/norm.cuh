@@ -2,6 +2,9 @@
 #pragma once
 #include "common.cuh"
 
+// Packs that a thread reads before it writes any.
+#define NORM_AT_ONCE 2
+
 // out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * w, rounded before w as Hugging Face does; one block per row.
 template <typename T>
 __device__ void rms_norm(T *out, const T *x, const T *w, int width, float eps) {
@@ -9,19 +12,28 @@ __device__ void rms_norm(T *out, const T *x, const T *w, int width, float eps) {
     T *to = out + (size_t)blockIdx.x * width;
     const int step = blockDim.x * Pack<T>::SIZE;
     float squares = 0;
+#pragma unroll 2
     for (int i = threadIdx.x * Pack<T>::SIZE; i < width; i += step) {
         const Pack<T> p = load_pack(row + i);
         for (int j = 0; j < Pack<T>::SIZE; j++) squares += widen(p.v[j]) * widen(p.v[j]);
     }
     const float inverse = 1.0f / sqrtf(block_sum(squares) / width + eps);
-    for (int i = threadIdx.x * Pack<T>::SIZE; i < width; i += step) {
-        Pack<T> p = load_pack(row + i);
-        const Pack<T> q = load_pack(w + i);
-        for (int j = 0; j < Pack<T>::SIZE; j++) {
-            const float unit = widen(narrow<T>(widen(p.v[j]) * inverse));
-            p.v[j] = narrow<T>(unit * widen(q.v[j]));
+    for (int begin = threadIdx.x * Pack<T>::SIZE; begin < width; begin += NORM_AT_ONCE * step) {
+        Pack<T> p[NORM_AT_ONCE], q[NORM_AT_ONCE];
+#pragma unroll
+        for (int n = 0; n < NORM_AT_ONCE; n++) {
+            const int i = min(begin + n * step, width - Pack<T>::SIZE);
+            p[n] = load_pack(row + i);
+            q[n] = load_pack(w + i);
         }
-        store_pack(to + i, p);
+#pragma unroll
+        for (int n = 0; n < NORM_AT_ONCE; n++) {
+            for (int j = 0; j < Pack<T>::SIZE; j++) {
+                const float unit = widen(narrow<T>(widen(p[n].v[j]) * inverse));
+                p[n].v[j] = narrow<T>(unit * widen(q[n].v[j]));
+            }
+            if (begin + n * step < width) store_pack(to + begin + n * step, p[n]);
+        }
     }
 }
 

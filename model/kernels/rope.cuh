@@ -3,7 +3,7 @@
 #pragma once
 #include "common.cuh"
 
-// One warp per head; a block's warps take neighbouring heads of one row.
+// One warp per head; a block's warps take neighbouring heads of one row. Halves of a head are even.
 // - qkv: [rows, (heads + 2 kv_heads) head_dim], the queries are changed where they lie
 // - keys, values: the layer's cache, [slots, kv_heads head_dim]
 // - cos, sin: [positions, head_dim / 2]
@@ -26,7 +26,12 @@ __device__ void rope_cache(T *qkv, T *keys, T *values, const float *cos, const f
         to = cache + (size_t)slots[row] * kv_heads * head_dim + kv_head * head_dim;
     }
     if (is_value) {
-        for (int i = lane; i < head_dim; i += 32) to[i] = add ? narrow<T>(widen(from[i]) + widen(add[i])) : from[i];
+        constexpr int SIZE = Pack<T>::SIZE;
+        for (int i = lane * SIZE; i < head_dim; i += 32 * SIZE) {
+            Pack<T> value = load_pack(from + i);
+            for (int j = 0; add && j < SIZE; j++) value.v[j] = narrow<T>(widen(value.v[j]) + widen(add[i + j]));
+            store_pack(to + i, value);
+        }
         return;
     }
     const T *norm = is_query ? q_norm : k_norm;
@@ -40,19 +45,24 @@ __device__ void rope_cache(T *qkv, T *keys, T *values, const float *cos, const f
         inverse = 1.0f / sqrtf(sum_lanes(squares, 32) / head_dim + eps);
     }
     const size_t angle = (size_t)positions[row] * half;
-    for (int i = lane; i < half; i += 32) {
-        float a = widen(from[i]), b = widen(from[i + half]);
-        if (add) {
-            a = widen(narrow<T>(a + widen(add[i])));
-            b = widen(narrow<T>(b + widen(add[i + half])));
+    for (int i = 2 * lane; i < half; i += 64) {
+        Pair<T> left = load_pair(from + i), right = load_pair(from + i + half);
+        const Pair<float> c = load_pair(cos + angle + i), s = load_pair(sin + angle + i);
+        for (int j = 0; j < 2; j++) {
+            float a = widen(left.v[j]), b = widen(right.v[j]);
+            if (add) {
+                a = widen(narrow<T>(a + widen(add[i + j])));
+                b = widen(narrow<T>(b + widen(add[i + half + j])));
+            }
+            if (norm) {
+                a = widen(narrow<T>(a * inverse)) * widen(norm[i + j]);
+                b = widen(narrow<T>(b * inverse)) * widen(norm[i + half + j]);
+            }
+            left.v[j] = narrow<T>(a * c.v[j] - b * s.v[j]);
+            right.v[j] = narrow<T>(b * c.v[j] + a * s.v[j]);
         }
-        if (norm) {
-            a = widen(narrow<T>(a * inverse)) * widen(norm[i]);
-            b = widen(narrow<T>(b * inverse)) * widen(norm[i + half]);
-        }
-        const float c = cos[angle + i], s = sin[angle + i];
-        to[i] = narrow<T>(a * c - b * s);
-        to[i + half] = narrow<T>(b * c + a * s);
+        store_pair(to + i, left);
+        store_pair(to + i + half, right);
     }
 }
 

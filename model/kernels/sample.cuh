@@ -14,18 +14,31 @@ struct Kept {
     int ties;           // and of those equal to it the first so many.
 };
 
-// Calls f(token, weight) on this thread's tokens, neighbours in the vocabulary, that have a weight at all.
-template <typename F>
-__device__ inline void for_own_candidates(const float *logits, int vocab, float largest, float temperature, F f) {
-    const int own = (vocab + blockDim.x - 1) / blockDim.x;
-    const int begin = min(vocab, (int)threadIdx.x * own), end = min(vocab, begin + own);
-    for (int i = begin; i < end; i++) {
-        const float logit = logits[i];
-        if (!isfinite(logit)) continue;
-        const float weight = expf((logit - largest) / temperature);
-        if (weight > 0.0f) f(i, weight);
+// A row's logits and how they become weights.
+struct Weights {
+    const float *logits;
+    int vocab;
+    float largest, temperature;
+
+    // Calls f(token, weight) on every `step`th token from begin to end that has a weight at all.
+    template <typename F> __device__ void each(int begin, int end, int step, F f) const {
+        for (int i = begin; i < end; i += step) {
+            const float logit = logits[i];
+            if (!isfinite(logit)) continue;
+            const float weight = expf((logit - largest) / temperature);
+            if (weight > 0.0f) f(i, weight);
+        }
     }
-}
+
+    // On this thread's tokens where any will do: the threads read side by side.
+    template <typename F> __device__ void any(F f) const { each(threadIdx.x, vocab, blockDim.x, f); }
+
+    // On this thread's tokens, neighbours in the vocabulary.
+    template <typename F> __device__ void own(F f) const {
+        const int count = (vocab + blockDim.x - 1) / blockDim.x, begin = min(vocab, (int)threadIdx.x * count);
+        each(begin, min(vocab, begin + count), 1, f);
+    }
+};
 
 // The largest finite logit and the first token that has it.
 __device__ inline uint32_t argmax(const float *logits, int vocab, float *largest) {
@@ -78,14 +91,14 @@ __device__ void sample_rows(uint32_t *drawn, const float *all_logits, const uint
         if (threadIdx.x == 0) drawn[blockIdx.x] = best;
         return;
     }
-    const auto own = [&](auto f) { for_own_candidates(logits, vocab, largest, temperature, f); };
+    const Weights weights = {logits, vocab, largest, temperature};
     // Everything that has a weight: every key is above 0.
     Kept kept = {0, 0};
 
     const int top_k = (int)min(draw[2], (uint32_t)vocab);
     const auto count_from = [&](uint32_t key) {
         int count = 0;
-        own([&](int, float w) { count += __float_as_uint(w) >= key; });
+        weights.any([&](int, float w) { count += __float_as_uint(w) >= key; });
         return block_sum(count);
     };
     if (top_k > 0 && count_from(0) > top_k) {
@@ -98,7 +111,7 @@ __device__ void sample_rows(uint32_t *drawn, const float *all_logits, const uint
     }
     const auto sum_from = [&](uint32_t key) {
         double sum = 0;
-        own([&](int, float w) { sum += __float_as_uint(w) >= key ? (double)w : 0.0; });
+        weights.any([&](int, float w) { sum += __float_as_uint(w) >= key ? (double)w : 0.0; });
         return block_sum(sum);
     };
     const auto tied_weight = [&] { return kept.ties * (double)__uint_as_float(kept.threshold); };
@@ -120,11 +133,11 @@ __device__ void sample_rows(uint32_t *drawn, const float *all_logits, const uint
 
     // The ties before this thread's own, then the weights before them, and the token at `target` of them all.
     int ties = 0, all_ties;
-    own([&](int, float w) { ties += __float_as_uint(w) == kept.threshold; });
+    weights.own([&](int, float w) { ties += __float_as_uint(w) == kept.threshold; });
     const int ties_before = block_prefix(ties, &all_ties);
     const auto own_kept = [&](auto f) {
         int rank = ties_before;
-        own([&](int token, float w) {
+        weights.own([&](int token, float w) {
             const uint32_t key = __float_as_uint(w);
             if (key > kept.threshold || (key == kept.threshold && rank++ < kept.ties)) f(token, w);
         });
