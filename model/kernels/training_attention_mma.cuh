@@ -13,7 +13,11 @@
 template <typename T, int D, int ROWS>
 __device__ inline void begin_rows(const Tile<T, D> &tile, const T *from, size_t stride, int count) {
     constexpr int CHUNKS = Tile<T, D>::CHUNKS;
-    for (int i = threadIdx.x; i < ROWS * CHUNKS; i += blockDim.x) {
+    // By PACKED_THREADS, so that the compiler knows each one's place in the tile.
+#pragma unroll
+    for (int n = 0; n < (ROWS * CHUNKS + PACKED_THREADS - 1) / PACKED_THREADS; n++) {
+        const int i = threadIdx.x + n * PACKED_THREADS;
+        if (ROWS * CHUNKS % PACKED_THREADS != 0 && i >= ROWS * CHUNKS) break;
         const int row = i / CHUNKS, chunk = i % CHUNKS;
         const bool there = row < count;
         copy_async(tile.chunk(row, chunk), there ? from + row * stride + chunk * 8 : from, there);
@@ -86,7 +90,7 @@ template <int N> __device__ inline void clear(float (&sums)[N][4]) {
         for (int c = 0; c < 4; c++) sums[i][c] = 0;
 }
 
-// Shared memory of all three kernels: 384 D bytes.
+// Shared memory of all three kernels: 384 D bytes, and 12 of each query that the last one has at hand.
 
 template <typename T, int D>
 __device__ void packed_forward_mma(const PackedInputs<T> in, T *out, float *log_sums) {
@@ -235,6 +239,9 @@ __device__ void packed_grad_keys_mma(const PackedInputs<T> in, T *dk, T *dv, con
     DYNAMIC_SHARED(T, shared);
     const Tile<T, D> keys = {shared}, values = {shared + MMA_OWN_ROWS * D};
     const Tile<T, D> queries = {values.at + MMA_OWN_ROWS * D}, grads = {queries.at + QUERIES * D};
+    // Of the queries at hand.
+    float *query_sums = reinterpret_cast<float *>(grads.at + QUERIES * D), *query_deltas = query_sums + QUERIES;
+    int *asking = reinterpret_cast<int *>(query_deltas + QUERIES);
     const uint32_t *tile = in.tiles + 4 * blockIdx.x;
     const int count = tile[1], query_begin = tile[2], query_end = tile[3], kv_head = blockIdx.y;
     const size_t first = tile[0], q_stride = (size_t)in.heads * D, kv_at = first * in.kv_stride + kv_head * D;
@@ -260,6 +267,13 @@ __device__ void packed_grad_keys_mma(const PackedInputs<T> in, T *dk, T *dv, con
             begin_rows<T, D, QUERIES>(queries, in.q + at, q_stride, there);
             begin_rows<T, D, QUERIES>(grads, grad + at, q_stride, there);
             commit_copies();
+            if (threadIdx.x < QUERIES) {
+                const bool is = (int)threadIdx.x < there;
+                const size_t query = (size_t)(begin + threadIdx.x), of = query * in.heads + head;
+                asking[threadIdx.x] = is ? (int)in.query_positions[query] : -1;
+                query_sums[threadIdx.x] = is ? log_sums[of] : 0.0f;
+                query_deltas[threadIdx.x] = is ? deltas[of] : 0.0f;
+            }
             wait_for_copies<0>();
             __syncthreads();
             // Keys by queries.
@@ -270,14 +284,8 @@ __device__ void packed_grad_keys_mma(const PackedInputs<T> in, T *dk, T *dv, con
             for (int j = 0; j < QUERIES / 8; j++) {
 #pragma unroll
                 for (int next = 0; next < 2; next++) {
-                    const int query = begin + 8 * j + 2 * (lane % 4) + next;
-                    int asks = -1;
-                    float log_sum = 0, delta = 0;
-                    if (query < query_end) {
-                        asks = in.query_positions[query];
-                        log_sum = log_sums[(size_t)query * in.heads + head];
-                        delta = deltas[(size_t)query * in.heads + head];
-                    }
+                    const int query = 8 * j + 2 * (lane % 4) + next, asks = asking[query];
+                    const float log_sum = query_sums[query], delta = query_deltas[query];
                     const int visible = first_visible(asks, in.window);
 #pragma unroll
                     for (int half = 0; half < 2; half++) {

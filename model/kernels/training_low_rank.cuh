@@ -3,10 +3,12 @@
 #pragma once
 #include "common.cuh"
 
+// Ranks that a thread has at once.
 #define TERM_AT_ONCE 8
-// Together one sum per lane.
-#define TERM_DOWN_ROWS 4
-#define TERM_UP_ROWS 8
+// A thread has two neighbouring columns: every width is even.
+// With TERM_AT_ONCE two sums per lane.
+#define TERM_DOWN_ROWS 8
+#define TERM_UP_ROWS 16
 // Rows of a part of a sum over rows.
 #define TERM_PART_ROWS 128
 
@@ -50,61 +52,121 @@ __device__ inline float share_sums(float (&sums)[32]) {
     return sums[0];
 }
 
-// low[r, k] = scales[r] * sum over i of dropped x[r, i] * m[k step_k + i step_i]: A x forward, Bᵀ grad backward.
+// The next ranks, `left` of them and then zeros. `whole`: whether all are there, on a multiple of 16 bytes.
+__device__ inline void load_ranks(float (&to)[TERM_AT_ONCE], const float *from, int left, bool whole) {
+    constexpr int SIZE = Pack<float>::SIZE;
+#pragma unroll
+    for (int k = 0; k < TERM_AT_ONCE; k += SIZE) {
+        Pack<float> four;
+        if (whole) four = load_pack(from + k);
+#pragma unroll
+        for (int j = 0; j < SIZE; j++) to[k + j] = whole ? four.v[j] : k + j < left ? from[k + j] : 0.0f;
+    }
+}
+
+// A factor's element of rank k and column i is m[k step_k + i step_i], and one of the steps is 1.
+struct FactorOf {
+    const float *m;
+    int rank, step_k, step_i;
+
+    // Whether the ranks from `first` on are TERM_AT_ONCE that rows of `rank` have on a multiple of 16 bytes.
+    __device__ bool whole(int first) const { return rank % 4 == 0 && first + TERM_AT_ONCE <= rank; }
+
+    // w[k][c]: rank first + k of column i + c, zero where there is no such rank.
+    __device__ void load(float (&w)[TERM_AT_ONCE][2], int first, int i) const {
+        if (step_k == 1) {
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float ranks[TERM_AT_ONCE];
+                load_ranks(ranks, m + (size_t)(i + c) * step_i + first, rank - first, whole(first));
+#pragma unroll
+                for (int k = 0; k < TERM_AT_ONCE; k++) w[k][c] = ranks[k];
+            }
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k < TERM_AT_ONCE; k++) {
+            Pair<float> both = {};
+            if (first + k < rank) both = load_pair(m + (size_t)(first + k) * step_k + i);
+#pragma unroll
+            for (int c = 0; c < 2; c++) w[k][c] = both.v[c];
+        }
+    }
+};
+
+// low[r, k] = scales[r] * sum over i of dropped x[r, i] * factor[k, i]: A x forward, Bᵀ grad backward.
 // - x: rows of `width`, x_stride apart; low: [rows, rank] f32; scales: [rows], 0 of those that the adapter leaves alone
 // A block takes TERM_DOWN_ROWS rows and TERM_AT_ONCE ranks.
 template <typename T>
-__device__ void term_down(float *low, const T *x, const float *m, int rows, int width, int x_stride, int rank,
-                          int step_k, int step_i, const float *scales, Drop drop) {
+__device__ void term_down(float *low, const T *x, FactorOf factor, int rows, int width, int x_stride,
+                          const float *scales, Drop drop) {
     __shared__ float parts[8][TERM_DOWN_ROWS * TERM_AT_ONCE];
     const int row = blockIdx.x * TERM_DOWN_ROWS, first = blockIdx.y * TERM_AT_ONCE;
-    float sums[TERM_DOWN_ROWS * TERM_AT_ONCE];
+    // Half of the rows each.
+    float sums[2][32];
 #pragma unroll
-    for (int i = 0; i < TERM_DOWN_ROWS * TERM_AT_ONCE; i++) sums[i] = 0;
-    for (int i = threadIdx.x; i < width; i += blockDim.x) {
-        float xs[TERM_DOWN_ROWS];
+    for (int i = 0; i < 32; i++) sums[0][i] = sums[1][i] = 0;
+    for (int i = 2 * threadIdx.x; i < width; i += 2 * blockDim.x) {
+        float w[TERM_AT_ONCE][2];
+        factor.load(w, first, i);
 #pragma unroll
-        for (int r = 0; r < TERM_DOWN_ROWS; r++)
-            xs[r] = row + r < rows ? widen(x[(size_t)(row + r) * x_stride + i]) *
-                                         drop_factor(drop, row + r, width, i)
-                                   : 0.0f;
+        for (int r = 0; r < TERM_DOWN_ROWS; r++) {
+            Pair<T> both = {};
+            if (row + r < rows) both = load_pair(x + (size_t)(row + r) * x_stride + i);
 #pragma unroll
-        for (int k = 0; k < TERM_AT_ONCE; k++) {
-            const float w = first + k < rank ? m[(size_t)(first + k) * step_k + (size_t)i * step_i] : 0.0f;
+            for (int c = 0; c < 2; c++) {
+                const float value = row + r < rows ? widen(both.v[c]) * drop_factor(drop, row + r, width, i + c) : 0.0f;
 #pragma unroll
-            for (int r = 0; r < TERM_DOWN_ROWS; r++) sums[r * TERM_AT_ONCE + k] += xs[r] * w;
+                for (int k = 0; k < TERM_AT_ONCE; k++)
+                    sums[r / 4][r % 4 * TERM_AT_ONCE + k] += value * w[k][c];
+            }
         }
     }
-    parts[threadIdx.x / 32][threadIdx.x % 32] = share_sums(sums);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        parts[threadIdx.x / 32][32 * half + threadIdx.x % 32] = share_sums(sums[half]);
     __syncthreads();
     const int r = threadIdx.x / TERM_AT_ONCE, k = threadIdx.x % TERM_AT_ONCE;
-    if (r >= TERM_DOWN_ROWS || row + r >= rows || first + k >= rank) return;
+    if (r >= TERM_DOWN_ROWS || row + r >= rows || first + k >= factor.rank) return;
     float sum = 0;
     for (int w = 0; w < (int)(blockDim.x / 32); w++) sum += parts[w][threadIdx.x];
-    low[(size_t)(row + r) * rank + first + k] = scales[row + r] * sum;
+    low[(size_t)(row + r) * factor.rank + first + k] = scales[row + r] * sum;
 }
 
-// out[r, i] += dropped sum over k of low[r, k] * m[k step_k + i step_i]: B low forward, Aᵀ low backward.
+// out[r, i] += dropped sum over k of low[r, k] * factor[k, i]: B low forward, Aᵀ low backward.
 // - out: rows of `width`, out_stride apart. Grid (groups of TERM_UP_ROWS rows, parts of a row).
 template <typename T>
-__device__ void term_up(T *out, const float *low, const float *m, int rows, int width, int out_stride, int rank,
-                        int step_k, int step_i, Drop drop) {
-    const int row = blockIdx.x * TERM_UP_ROWS, i = blockIdx.y * blockDim.x + threadIdx.x;
+__device__ void term_up(T *out, const float *low, FactorOf factor, int rows, int width, int out_stride, Drop drop) {
+    const int row = blockIdx.x * TERM_UP_ROWS, i = 2 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (i >= width) return;
-    float sums[TERM_UP_ROWS];
+    float sums[TERM_UP_ROWS][2];
 #pragma unroll
-    for (int r = 0; r < TERM_UP_ROWS; r++) sums[r] = 0;
-    for (int k = 0; k < rank; k++) {
-        const float w = m[(size_t)k * step_k + (size_t)i * step_i];
+    for (int r = 0; r < TERM_UP_ROWS; r++)
 #pragma unroll
-        for (int r = 0; r < TERM_UP_ROWS; r++)
-            if (row + r < rows) sums[r] += low[(size_t)(row + r) * rank + k] * w;
+        for (int c = 0; c < 2; c++) sums[r][c] = 0;
+    for (int first = 0; first < factor.rank; first += TERM_AT_ONCE) {
+        float w[TERM_AT_ONCE][2];
+        factor.load(w, first, i);
+#pragma unroll
+        for (int r = 0; r < TERM_UP_ROWS; r++) {
+            if (row + r >= rows) break;
+            float ranks[TERM_AT_ONCE];
+            load_ranks(ranks, low + (size_t)(row + r) * factor.rank + first, factor.rank - first, factor.whole(first));
+#pragma unroll
+            for (int k = 0; k < TERM_AT_ONCE; k++)
+#pragma unroll
+                for (int c = 0; c < 2; c++) sums[r][c] += ranks[k] * w[k][c];
+        }
     }
 #pragma unroll
     for (int r = 0; r < TERM_UP_ROWS; r++) {
-        if (row + r >= rows) continue;
+        if (row + r >= rows) break;
         T *to = out + (size_t)(row + r) * out_stride + i;
-        *to = narrow<T>(widen(*to) + sums[r] * drop_factor(drop, row + r, width, i));
+        Pair<T> both = load_pair(to);
+#pragma unroll
+        for (int c = 0; c < 2; c++)
+            both.v[c] = narrow<T>(widen(both.v[c]) + sums[r][c] * drop_factor(drop, row + r, width, i + c));
+        store_pair(to, both);
     }
 }
 
@@ -114,21 +176,32 @@ __device__ void term_up(T *out, const float *low, const float *m, int rows, int 
 template <typename T>
 __device__ void term_outer(float *parts, const T *wide, const float *low, int rows, int width, int stride, int rank,
                            Drop drop) {
-    const int c = blockIdx.x * blockDim.x + threadIdx.x, first = blockIdx.z * TERM_AT_ONCE;
-    if (c >= width) return;
+    const int i = 2 * (blockIdx.x * blockDim.x + threadIdx.x), first = blockIdx.z * TERM_AT_ONCE;
+    if (i >= width) return;
     const int begin = blockIdx.y * TERM_PART_ROWS, end = min(rows, begin + TERM_PART_ROWS);
-    float sums[TERM_AT_ONCE];
-#pragma unroll
-    for (int k = 0; k < TERM_AT_ONCE; k++) sums[k] = 0;
-    for (int row = begin; row < end; row++) {
-        const float x = widen(wide[(size_t)row * stride + c]) * drop_factor(drop, row, width, c);
-#pragma unroll
-        for (int k = 0; k < TERM_AT_ONCE; k++)
-            if (first + k < rank) sums[k] += x * low[(size_t)row * rank + first + k];
-    }
+    const bool whole = FactorOf{low, rank, 1, rank}.whole(first);
+    float sums[TERM_AT_ONCE][2];
 #pragma unroll
     for (int k = 0; k < TERM_AT_ONCE; k++)
-        if (first + k < rank) parts[((size_t)blockIdx.y * rank + first + k) * width + c] = sums[k];
+#pragma unroll
+        for (int c = 0; c < 2; c++) sums[k][c] = 0;
+#pragma unroll 8
+    for (int row = begin; row < end; row++) {
+        const Pair<T> both = load_pair(wide + (size_t)row * stride + i);
+        float ranks[TERM_AT_ONCE];
+        load_ranks(ranks, low + (size_t)row * rank + first, rank - first, whole);
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            const float x = widen(both.v[c]) * drop_factor(drop, row, width, i + c);
+#pragma unroll
+            for (int k = 0; k < TERM_AT_ONCE; k++) sums[k][c] += x * ranks[k];
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < TERM_AT_ONCE; k++) {
+        if (first + k >= rank) break;
+        store_pair(parts + ((size_t)blockIdx.y * rank + first + k) * width + i, {sums[k][0], sums[k][1]});
+    }
 }
 
 // out[k step_k + c step_c] = the sum of the parts, in their order; grid (columns, rank).
@@ -137,6 +210,7 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
     const int c = blockIdx.x * blockDim.x + threadIdx.x, k = blockIdx.y;
     if (c >= width) return;
     float sum = 0;
+#pragma unroll 8
     for (int part = 0; part < count; part++) sum += parts[((size_t)part * rank + k) * width + c];
     out[(size_t)k * step_k + (size_t)c * step_c] = sum;
 }
@@ -150,13 +224,13 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
                                                   int x_stride, int rank, int step_k, int step_i, const float *scales, \
                                                   DROP_ARGUMENTS) {                                                    \
         after_earlier();                                                                                               \
-        term_down<T>(low, x, m, rows, width, x_stride, rank, step_k, step_i, scales, DROP);                            \
+        term_down<T>(low, x, {m, rank, step_k, step_i}, rows, width, x_stride, scales, DROP);                          \
     }                                                                                                                  \
     REGISTER_KERNEL(term_down_##suffix)                                                                                \
     extern "C" __global__ void term_up_##suffix(T *out, const float *low, const float *m, int rows, int width,         \
                                                 int out_stride, int rank, int step_k, int step_i, DROP_ARGUMENTS) {    \
         after_earlier();                                                                                               \
-        term_up<T>(out, low, m, rows, width, out_stride, rank, step_k, step_i, DROP);                                  \
+        term_up<T>(out, low, {m, rank, step_k, step_i}, rows, width, out_stride, DROP);                                \
     }                                                                                                                  \
     REGISTER_KERNEL(term_up_##suffix)                                                                                  \
     extern "C" __global__ void term_outer_##suffix(float *parts, const T *wide, const float *low, int rows, int width, \

@@ -56,7 +56,7 @@ __device__ void rms_norm_grad(T *out, const T *add, const T *x, const T *w, cons
 }
 
 // Queries or keys from raw to what attention reads: heads normalised where the model does that, positions turned in.
-// One warp per head, a block's warps take neighbouring heads of one row.
+// One warp per head, a block's warps take neighbouring heads of one row. Halves of a head are even.
 // - out, raw: rows of heads, out_stride and raw_stride apart; norm: [head_dim] or null
 // - cos, sin: [positions, head_dim / 2]
 template <typename T>
@@ -74,15 +74,20 @@ __device__ void turn_heads(T *out, const T *raw, const float *cos, const float *
         inverse = 1.0f / sqrtf(sum_lanes(squares, 32) / head_dim + eps);
     }
     const size_t angle = (size_t)positions[row] * half;
-    for (int i = lane; i < half; i += 32) {
-        float a = widen(from[i]), b = widen(from[i + half]);
-        if (norm) {
-            a = widen(narrow<T>(a * inverse)) * widen(norm[i]);
-            b = widen(narrow<T>(b * inverse)) * widen(norm[i + half]);
+    for (int i = 2 * lane; i < half; i += 64) {
+        Pair<T> left = load_pair(from + i), right = load_pair(from + i + half);
+        const Pair<float> c = load_pair(cos + angle + i), s = load_pair(sin + angle + i);
+        for (int j = 0; j < 2; j++) {
+            float a = widen(left.v[j]), b = widen(right.v[j]);
+            if (norm) {
+                a = widen(narrow<T>(a * inverse)) * widen(norm[i + j]);
+                b = widen(narrow<T>(b * inverse)) * widen(norm[i + half + j]);
+            }
+            left.v[j] = narrow<T>(a * c.v[j] - b * s.v[j]);
+            right.v[j] = narrow<T>(b * c.v[j] + a * s.v[j]);
         }
-        const float c = cos[angle + i], s = sin[angle + i];
-        to[i] = narrow<T>(a * c - b * s);
-        to[i + half] = narrow<T>(b * c + a * s);
+        store_pair(to + i, left);
+        store_pair(to + i + half, right);
     }
 }
 
@@ -108,15 +113,21 @@ __device__ void turn_heads_back(T *grad, const T *raw, const float *cos, const f
         inverse = 1.0f / sqrtf(sum_lanes(squares, 32) / head_dim + eps);
         mean = sum_lanes(dot, 32) * inverse / head_dim;
     }
-    for (int i = lane; i < half; i += 32) {
-        const float c = cos[angle + i], s = sin[angle + i], ga = widen(to[i]), gb = widen(to[i + half]);
-        float a = ga * c + gb * s, b = gb * c - ga * s;
-        if (norm) {
-            a = (a * widen(norm[i]) - widen(from[i]) * inverse * mean) * inverse;
-            b = (b * widen(norm[i + half]) - widen(from[i + half]) * inverse * mean) * inverse;
+    for (int i = 2 * lane; i < half; i += 64) {
+        Pair<T> left = load_pair(to + i), right = load_pair(to + i + half);
+        const Pair<float> c = load_pair(cos + angle + i), s = load_pair(sin + angle + i);
+        for (int j = 0; j < 2; j++) {
+            const float ga = widen(left.v[j]), gb = widen(right.v[j]);
+            float a = ga * c.v[j] + gb * s.v[j], b = gb * c.v[j] - ga * s.v[j];
+            if (norm) {
+                a = (a * widen(norm[i + j]) - widen(from[i + j]) * inverse * mean) * inverse;
+                b = (b * widen(norm[i + half + j]) - widen(from[i + half + j]) * inverse * mean) * inverse;
+            }
+            left.v[j] = narrow<T>(a);
+            right.v[j] = narrow<T>(b);
         }
-        to[i] = narrow<T>(a);
-        to[i + half] = narrow<T>(b);
+        store_pair(to + i, left);
+        store_pair(to + i + half, right);
     }
 }
 

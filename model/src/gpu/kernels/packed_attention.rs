@@ -21,12 +21,15 @@ pub(crate) fn packed_tile(dtype: DType) -> usize {
     if dtype == DType::F32 { ROWS.0 } else { MMA_ROWS }
 }
 
-/// Bytes of shared memory of a block: at most the 48 KiB that every device allows without asking.
+/// `MMA_BACKWARD_ROWS`.
+const MMA_OTHER_ROWS: usize = 32;
+
+/// Bytes of shared memory of a block.
 fn shared_bytes(dtype: DType, head_dim: usize) -> usize {
     let (own, other) = ROWS;
     match dtype {
         DType::F32 => ((2 * own + other) * (head_dim + 1) + 2 * own * (other + 1)) * size_of::<f32>(),
-        _ => 6 * MMA_ROWS * head_dim,
+        _ => 6 * MMA_ROWS * head_dim + 12 * MMA_OTHER_ROWS,
     }
 }
 

@@ -5,8 +5,13 @@ use candle_core::Result;
 use super::{ATTEND_THREADS, Kernels, ROW_THREADS};
 use crate::gpu::work::{Address, Arg};
 
-/// `TERM_AT_ONCE`, `TERM_DOWN_ROWS`, `TERM_UP_ROWS` and `TERM_PART_ROWS`.
-const TERM: (usize, usize, usize, usize) = (8, 4, 8, 128);
+/// As in training_low_rank.cuh, by the same names: ranks that a thread has at once, rows of a block and of a part.
+const TERM_AT_ONCE: usize = 8;
+const TERM_DOWN_ROWS: usize = 8;
+const TERM_UP_ROWS: usize = 16;
+const TERM_PART_ROWS: usize = 128;
+/// Columns of a thread there.
+const TERM_COLUMNS: usize = 2;
 
 /// Queries or keys of a pass, and what turns them.
 #[derive(Debug, Clone, Copy)]
@@ -263,7 +268,7 @@ impl Kernels<'_> {
             Arg::Pointer(scales),
         ];
         args.extend(drop.args());
-        let grid = (rows.div_ceil(TERM.1), factor.rank.div_ceil(TERM.0), 1);
+        let grid = (rows.div_ceil(TERM_DOWN_ROWS), factor.rank.div_ceil(TERM_AT_ONCE), 1);
         // SAFETY: the caller's promise.
         unsafe { self.launch("term_down", grid, ROW_THREADS, 0, &args) }
     }
@@ -294,14 +299,15 @@ impl Kernels<'_> {
             Arg::Int(factor.step_i as i32),
         ];
         args.extend(drop.args());
-        let grid = (rows.div_ceil(TERM.2), factor.width.div_ceil(ROW_THREADS as usize), 1);
+        let parts = factor.width.div_ceil(TERM_COLUMNS * ROW_THREADS as usize);
+        let grid = (rows.div_ceil(TERM_UP_ROWS), parts, 1);
         // SAFETY: the caller's promise.
         unsafe { self.launch("term_up", grid, ROW_THREADS, 0, &args) }
     }
 
     /// Elements of [`Kernels::term_outer`]'s parts.
     pub fn term_parts(rows: usize, factor: Factor) -> usize {
-        rows.div_ceil(TERM.3) * factor.rank * factor.width
+        rows.div_ceil(TERM_PART_ROWS) * factor.rank * factor.width
     }
 
     /// A factor's gradient, written into it: the sum over the rows of `low wideᵀ`, some of `wide` dropped.
@@ -320,7 +326,7 @@ impl Kernels<'_> {
         rows: usize,
         drop: Drop,
     ) -> Result<()> {
-        let (columns, count) = (factor_columns(gradient), rows.div_ceil(TERM.3));
+        let (blocks, count) = (blocks_of(gradient.width), rows.div_ceil(TERM_PART_ROWS));
         let mut args = vec![
             Arg::Pointer(parts),
             Arg::Pointer(wide),
@@ -340,16 +346,20 @@ impl Kernels<'_> {
             Arg::Int(gradient.step_k as i32),
             Arg::Int(gradient.step_i as i32),
         ];
-        let grid = (columns, count, gradient.rank.div_ceil(TERM.0));
+        let grid = (
+            blocks.div_ceil(TERM_COLUMNS),
+            count,
+            gradient.rank.div_ceil(TERM_AT_ONCE),
+        );
         // SAFETY: the caller's promise.
         unsafe {
             self.launch("term_outer", grid, ATTEND_THREADS, 0, &args)?;
-            self.launch("term_sum", (columns, gradient.rank, 1), ATTEND_THREADS, 0, &sum)
+            self.launch("term_sum", (blocks, gradient.rank, 1), ATTEND_THREADS, 0, &sum)
         }
     }
 }
 
-/// Blocks that a factor's width takes.
-fn factor_columns(factor: Factor) -> usize {
-    factor.width.div_ceil(ATTEND_THREADS as usize)
+/// Blocks that take so many columns, a thread one.
+fn blocks_of(columns: usize) -> usize {
+    columns.div_ceil(ATTEND_THREADS as usize)
 }

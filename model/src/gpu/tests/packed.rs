@@ -127,69 +127,77 @@ fn packed_attention_and_its_gradients_are_those_of_the_cpu() -> Result<()> {
 
 #[test]
 fn a_term_drops_the_same_inputs_forward_and_backward() -> Result<()> {
-    // More rows than one part of a sum has, and ranks past what a block takes at once.
-    let (rows, inputs, outputs, rank, scale) = (130, 24, 16, 11, 2.0);
-    let drop = Drop::new(0.4, 9);
     on_each_device(|gpu, device| {
-        for (dtype, tolerance) in DTYPES {
-            let random = |shape: &[usize], seed, dtype| values(shape, seed, dtype, device);
-            let (x, out) = (
-                random(&[rows, inputs], 1, dtype)?,
-                zeros(&[rows, outputs], dtype, device)?,
-            );
-            let (a, b) = (
-                random(&[rank, inputs], 2, DType::F32)?,
-                random(&[outputs, rank], 3, DType::F32)?,
-            );
-            let (grad, dx) = (
-                random(&[rows, outputs], 4, dtype)?,
-                zeros(&[rows, inputs], dtype, device)?,
-            );
-            let (da, db) = (
-                zeros(&[rank, inputs], DType::F32, device)?,
-                zeros(&[outputs, rank], DType::F32, device)?,
-            );
-            let (low, dlow) = (
-                zeros(&[rows, rank], DType::F32, device)?,
-                zeros(&[rows, rank], DType::F32, device)?,
-            );
-            // A third of the rows has no adapter.
-            let scales: Vec<f32> = (0..rows).map(|row| if row % 3 == 1 { 0.0 } else { scale }).collect();
-            let scales = Tensor::from_vec(scales, (rows, 1), device)?;
-            let parts = zeros(&[2 * rank * inputs], DType::F32, device)?;
-            let [x_at, out_at, a_at, b_at, grad_at, dx_at] = addresses(gpu, [&x, &out, &a, &b, &grad, &dx])?;
-            let [da_at, db_at, low_at, dlow_at, parts_at] = addresses(gpu, [&da, &db, &low, &dlow, &parts])?;
-            let [scales_at] = addresses(gpu, [&scales])?;
-            let (fa, fb) = (Factor::a(a_at, rank, inputs), Factor::b(b_at, rank, outputs));
-            // SAFETY: the tensors have the shapes that the kernels read and write.
-            unsafe {
-                let kernels = kernels(gpu, dtype);
-                kernels.term_down(low_at, (x_at, inputs), rows, fa, scales_at, drop)?;
-                kernels.term_up((out_at, outputs), low_at, rows, fb, Drop::NONE)?;
-                kernels.term_down(dlow_at, (grad_at, outputs), rows, fb, scales_at, Drop::NONE)?;
-                let (to_a, to_b) = (Factor::a(da_at, rank, inputs), Factor::b(db_at, rank, outputs));
-                kernels.term_outer(to_b, parts_at, (grad_at, outputs), low_at, rows, Drop::NONE)?;
-                kernels.term_outer(to_a, parts_at, (x_at, inputs), dlow_at, rows, drop)?;
-                kernels.term_up((dx_at, inputs), dlow_at, rows, fa, drop)?;
+        for exactness in DTYPES {
+            // A thread's ranks whole, whole and some more that are read one by one, or all so.
+            for rank in [8, 12, 11] {
+                check_term(gpu, device, exactness, rank)?;
             }
-            let mask: Vec<f32> = (0..rows * inputs).map(|at| drop.factor(at)).collect();
-            let dropped = mask.iter().filter(|m| **m == 0.0).count() as f64 / mask.len() as f64;
-            assert!((dropped - 0.4).abs() < 0.03, "{dropped}");
-            let mask = Tensor::from_vec(mask, (rows, inputs), &Device::Cpu)?;
-            let mut vars = HashMap::new();
-            for (name, tensor) in [("x", &x), ("a", &a), ("b", &b)] {
-                vars.insert(name, Var::from_tensor(&read(tensor)?)?);
-            }
-            let low = (vars["x"].as_tensor() * &mask)?.matmul(&vars["a"].t()?)?;
-            let want = low.matmul(&vars["b"].t()?)?.broadcast_mul(&read(&scales)?)?;
-            let grads = (&want * read(&grad)?)?.sum_all()?.backward()?;
-            // Sums of up to 130 products of values of a few units, of which only those in dtype are rounded.
-            let of = |name: &str| grads.get(vars[name].as_tensor()).cloned().expect("it has a gradient");
-            assert_close(&read(&out)?, &want, 40.0 * tolerance)?;
-            assert_close(&read(&dx)?, &of("x"), 40.0 * tolerance)?;
-            assert_close(&read(&da)?, &of("a"), 1e-3)?;
-            assert_close(&read(&db)?, &of("b"), 1e-3)?;
         }
         Ok(())
     })
+}
+
+fn check_term(gpu: &Gpu, device: &Device, (dtype, tolerance): (DType, f32), rank: usize) -> Result<()> {
+    // More rows than one part of a sum has, and more columns than a block.
+    let (rows, inputs, outputs, scale) = (130, 536, 16, 2.0);
+    let drop = Drop::new(0.4, 9);
+    let random = |shape: &[usize], seed, dtype| values(shape, seed, dtype, device);
+    let (x, out) = (
+        random(&[rows, inputs], 1, dtype)?,
+        zeros(&[rows, outputs], dtype, device)?,
+    );
+    let (a, b) = (
+        random(&[rank, inputs], 2, DType::F32)?,
+        random(&[outputs, rank], 3, DType::F32)?,
+    );
+    let (grad, dx) = (
+        random(&[rows, outputs], 4, dtype)?,
+        zeros(&[rows, inputs], dtype, device)?,
+    );
+    let (da, db) = (
+        zeros(&[rank, inputs], DType::F32, device)?,
+        zeros(&[outputs, rank], DType::F32, device)?,
+    );
+    let (low, dlow) = (
+        zeros(&[rows, rank], DType::F32, device)?,
+        zeros(&[rows, rank], DType::F32, device)?,
+    );
+    // A third of the rows has no adapter.
+    let scales: Vec<f32> = (0..rows).map(|row| if row % 3 == 1 { 0.0 } else { scale }).collect();
+    let scales = Tensor::from_vec(scales, (rows, 1), device)?;
+    let parts = zeros(&[2 * rank * inputs], DType::F32, device)?;
+    let [x_at, out_at, a_at, b_at, grad_at, dx_at] = addresses(gpu, [&x, &out, &a, &b, &grad, &dx])?;
+    let [da_at, db_at, low_at, dlow_at, parts_at] = addresses(gpu, [&da, &db, &low, &dlow, &parts])?;
+    let [scales_at] = addresses(gpu, [&scales])?;
+    let (fa, fb) = (Factor::a(a_at, rank, inputs), Factor::b(b_at, rank, outputs));
+    // SAFETY: the tensors have the shapes that the kernels read and write.
+    unsafe {
+        let kernels = kernels(gpu, dtype);
+        kernels.term_down(low_at, (x_at, inputs), rows, fa, scales_at, drop)?;
+        kernels.term_up((out_at, outputs), low_at, rows, fb, Drop::NONE)?;
+        kernels.term_down(dlow_at, (grad_at, outputs), rows, fb, scales_at, Drop::NONE)?;
+        let (to_a, to_b) = (Factor::a(da_at, rank, inputs), Factor::b(db_at, rank, outputs));
+        kernels.term_outer(to_b, parts_at, (grad_at, outputs), low_at, rows, Drop::NONE)?;
+        kernels.term_outer(to_a, parts_at, (x_at, inputs), dlow_at, rows, drop)?;
+        kernels.term_up((dx_at, inputs), dlow_at, rows, fa, drop)?;
+    }
+    let mask: Vec<f32> = (0..rows * inputs).map(|at| drop.factor(at)).collect();
+    let dropped = mask.iter().filter(|m| **m == 0.0).count() as f64 / mask.len() as f64;
+    assert!((dropped - 0.4).abs() < 0.03, "{dropped}");
+    let mask = Tensor::from_vec(mask, (rows, inputs), &Device::Cpu)?;
+    let mut vars = HashMap::new();
+    for (name, tensor) in [("x", &x), ("a", &a), ("b", &b)] {
+        vars.insert(name, Var::from_tensor(&read(tensor)?)?);
+    }
+    let low = (vars["x"].as_tensor() * &mask)?.matmul(&vars["a"].t()?)?;
+    let want = low.matmul(&vars["b"].t()?)?.broadcast_mul(&read(&scales)?)?;
+    let grads = (&want * read(&grad)?)?.sum_all()?.backward()?;
+    // Sums of up to 536 products of values of a few units, of which only those in dtype are rounded.
+    let of = |name: &str| grads.get(vars[name].as_tensor()).cloned().expect("it has a gradient");
+    assert_close(&read(&out)?, &want, 40.0 * tolerance)?;
+    assert_close(&read(&dx)?, &of("x"), 40.0 * tolerance)?;
+    assert_close(&read(&da)?, &of("a"), 1e-3)?;
+    assert_close(&read(&db)?, &of("b"), 1e-3)?;
+    Ok(())
 }
