@@ -67,7 +67,11 @@ impl Gradients {
 
     /// The joint norm. A GPU is waited for once, not once per gradient.
     fn norm(&self) -> Result<f64> {
-        let squares: Vec<Tensor> = self.0.values().map(|grad| grad.sqr()?.sum_all()).collect::<Result<_>>()?;
+        let squares: Vec<Tensor> = self
+            .0
+            .values()
+            .map(|grad| grad.sqr()?.sum_all())
+            .collect::<Result<_>>()?;
         if squares.is_empty() {
             return Ok(0.0);
         }
