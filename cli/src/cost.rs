@@ -43,13 +43,21 @@ struct Profile {
 }
 
 /// The cost model, from the cache or measured now and kept there.
-pub fn cost_model(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<CostModel> {
+///
+/// - `engine`: one of this model and configuration that is there already: on a GPU a second would find little memory
+pub fn cost_model(model: &LoadedModel, config: EngineConfig, engine: Option<&mut Engine>) -> anyhow::Result<CostModel> {
     let path = path(model, config);
     let kept = path.as_deref().and_then(|path| std::fs::read_to_string(path).ok());
     if let Some(profile) = kept.and_then(|text| serde_json::from_str::<Profile>(&text).ok()) {
         return Ok(profile.cost);
     }
-    let points = measure(model, config)?;
+    let points = match engine {
+        Some(engine) => measure(model, engine)?,
+        None => {
+            let end = model.tokenizer.eos().to_vec();
+            measure(model, &mut Engine::new(model.network.clone(), None, end, config)?)?
+        }
+    };
     let cost = fit(&points)?;
     keep(model, config, &points)?;
     Ok(cost)
@@ -83,8 +91,7 @@ fn fit(points: &[ProfilePoint]) -> anyhow::Result<CostModel> {
     CostModel::fit(&points).context("the profile has too few points for a cost model: run `lengthwise profile`")
 }
 
-fn measure(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<Vec<ProfilePoint>> {
-    let mut engine = Engine::new(model.network.clone(), None, model.tokenizer.eos().to_vec(), config)?;
+fn measure(model: &LoadedModel, engine: &mut Engine) -> anyhow::Result<Vec<ProfilePoint>> {
     let mut bar = Bar::new("profile", POINTS.len() as u64);
     let longest = model
         .network
@@ -95,7 +102,7 @@ fn measure(model: &LoadedModel, config: EngineConfig) -> anyhow::Result<Vec<Prof
     for (batch_size, context) in POINTS {
         let context = context.clamp(1, longest.max(1));
         if batch_size * (context + STEPS as usize + 1) <= engine.cache_tokens() {
-            points.push(profile_point(&mut engine, batch_size, context, STEPS)?);
+            points.push(profile_point(engine, batch_size, context, STEPS)?);
         }
         bar.set(points.len() as u64, |_| {
             format!("batch {batch_size}, context {context}")

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::BufferedSafetensors;
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::Deserialize;
 
 use crate::{ModelError, Quantization};
@@ -129,7 +129,9 @@ impl Weights {
         }
         let tensor = tensor.to_device(&self.device)?.to_dtype(self.dtype)?;
         // A sum of finite values in f32 is finite far beyond what weights hold; NaN and infinity survive it.
-        let sum = tensor.to_dtype(DType::F32)?.sum_all()?.to_scalar::<f32>()?;
+        // Row by row: a GPU sums each in a block of its own, and all at once in a single one.
+        let sums = tensor.to_dtype(DType::F32)?.sum(D::Minus1)?;
+        let sum = sums.sum_all()?.to_scalar::<f32>()?;
         if !sum.is_finite() {
             return Err(ModelError::NonFiniteTensor { name: name.to_owned() });
         }

@@ -93,7 +93,7 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
         global,
         args,
         cost: match args.schedule.wants_cost(&args.strategy) {
-            true => Some(cost_model(&model, args.cache.engine())?),
+            true => Some(cost_model(&model, args.cache.engine(), Some(decoder.engine()))?),
             false => None,
         },
         model,

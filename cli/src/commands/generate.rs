@@ -82,7 +82,8 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
         )?;
         let (requests, distributions) = requests(global, args, &waiting, &decoder, &interrupt)?;
         if args.schedule.wants_cost(&[args.strategy]) && !interrupt.is_asked() {
-            let cost = cost_model(decoder.model(), args.cache.engine())?;
+            let model = decoder.model().clone();
+            let cost = cost_model(&model, args.cache.engine(), Some(decoder.engine()))?;
             let history = History {
                 path: args.schedule.history.as_deref(),
                 actual: "t0.0",

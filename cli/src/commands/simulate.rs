@@ -59,7 +59,7 @@ pub fn run(global: &Global, args: &SimulateArgs) -> anyhow::Result<()> {
     records.truncate(args.num.map_or(usize::MAX, NonZeroUsize::get));
     args.sweep.check(records.len())?;
     let cost = match args.schedule.wants_cost(&args.strategy) {
-        true => Some(cost_model(&global.open_model()?, EngineConfig::default())?),
+        true => Some(cost_model(&global.open_model()?, EngineConfig::default(), None)?),
         false => None,
     };
     let mut report = StrategyReport::default();

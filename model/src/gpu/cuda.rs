@@ -8,6 +8,7 @@ mod properties;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result as blas, sys as blas_sys};
@@ -30,7 +31,7 @@ pub(crate) const BLAS_WORKSPACE: usize = 32 << 20;
 pub(crate) struct CudaGpu {
     stream: Arc<CudaStream>,
     pub properties: Properties,
-    blas: CudaBlas,
+    blas: ManuallyDrop<CudaBlas>,
     /// Held for as long as `blas`.
     _blas_workspace: CudaSlice<u8>,
     module: Arc<CudaModule>,
@@ -57,7 +58,16 @@ impl CudaBuffer {
 impl CudaGpu {
     pub fn new(device: &CudaDevice) -> Result<Self> {
         let stream = device.cuda_stream();
-        let blas = CudaBlas::new(stream.clone()).map_err(Error::wrap)?;
+        // SAFETY: all work is in this one stream, so nothing has to be ordered between two. A recording that waits for an
+        // event from before it fails.
+        unsafe { stream.context().disable_event_tracking() };
+        let blas = ManuallyDrop::new(CudaBlas::new(stream.clone()).map_err(Error::wrap)?);
+        // Parts of a sum in 16 bits would make it depend on how many rows there are.
+        let exact = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+        // SAFETY: the handle is alive.
+        unsafe { blas_sys::cublasSetMathMode(*blas.handle(), exact) }
+            .result()
+            .map_err(Error::wrap)?;
         let workspace = zeroed(&stream, BLAS_WORKSPACE)?;
         let address = workspace.device_ptr(&stream).0;
         // SAFETY: the memory lives as long as the handle, in the same struct.
@@ -74,7 +84,7 @@ impl CudaGpu {
             _blas_workspace: workspace,
             module,
             functions: RefCell::default(),
-            graphs: RefCell::default(),
+            graphs: RefCell::new(Graphs::new()),
         })
     }
 
@@ -120,7 +130,7 @@ impl CudaGpu {
                 functions.entry(launch.kernel.to_owned()).or_insert(function)
             }
         };
-        function.allow_shared(launch.shared)?;
+        function.allow_shared(launch.shared, self.properties.most_shared)?;
         let mut words: Vec<u64> = launch.args.iter().map(|arg| arg.bits()).collect();
         let mut params: Vec<*mut c_void> = words.iter_mut().map(|w| std::ptr::from_mut(w).cast()).collect();
         let mut early = properties::early_launch();
@@ -184,6 +194,16 @@ impl CudaGpu {
     /// Makes the GPU's context this thread's: calls of the driver that bypass cudarc need it.
     pub fn bind(&self) -> Result<()> {
         self.stream.context().bind_to_thread().map_err(Error::wrap)
+    }
+}
+
+impl Drop for CudaGpu {
+    fn drop(&mut self) {
+        // After a fault of the GPU cuBLAS cannot be closed. cudarc panics then, and the fault's own message would be lost.
+        if self.stream.synchronize().is_ok() {
+            // SAFETY: this is the last that is done with it.
+            unsafe { ManuallyDrop::drop(&mut self.blas) };
+        }
     }
 }
 

@@ -97,10 +97,16 @@ impl GpuCache {
             return Ok(());
         }
         let mut products = self.products.clone();
-        products.measure(sizes.segments, |projection, rows, way| {
+        let measured = products.measure(sizes.segments, |projection, rows, way| {
             self.time_products(projection, rows, way)
-        })?;
-        self.products = products;
+        });
+        self.products = match measured {
+            Ok(()) => products,
+            Err(err) => {
+                tracing::warn!("products of few rows cannot be timed on this GPU, so cuBLAS computes them: {err}");
+                Products::by_blas()
+            }
+        };
         Ok(())
     }
 

@@ -75,6 +75,14 @@ impl Products {
         })
     }
 
+    /// All by cuBLAS.
+    pub fn by_blas() -> Self {
+        Self {
+            ways: [[Way::Blas; Projection::ALL.len()]; FEW_ROWS_SIZES.len()],
+            chosen: true,
+        }
+    }
+
     /// How `rows` rows are multiplied by a weight.
     pub fn way(&self, projection: Projection, rows: usize) -> Way {
         FEW_ROWS_SIZES

@@ -8,16 +8,28 @@ use candle_core::{Error, Result, bail};
 use super::CudaGpu;
 
 /// Graphs that are kept; most passes have one of a few batch sizes.
-const MOST_GRAPHS: usize = 256;
+const MOST_GRAPHS: usize = 64;
+
+/// Set, it lets every pass be launched kernel by kernel.
+const VARIABLE: &str = "LENGTHWISE_NO_GRAPHS";
 
 /// What was recorded on a stream.
-#[derive(Default)]
 pub(super) struct Graphs {
     kept: HashMap<u64, Graph>,
     /// Keys that were launched once: the next time they are recorded.
     warm: HashSet<u64>,
-    /// A recording failed.
+    /// A recording failed, or none is wanted.
     unrecordable: bool,
+}
+
+impl Graphs {
+    pub fn new() -> Self {
+        Self {
+            kept: HashMap::new(),
+            warm: HashSet::new(),
+            unrecordable: std::env::var_os(VARIABLE).is_some(),
+        }
+    }
 }
 
 /// A recorded pass.
@@ -46,7 +58,10 @@ impl CudaGpu {
         let Some(graph) = self.try_to_record(launches) else {
             return launches();
         };
-        graph.launch()?;
+        if let Err(err) = graph.launch() {
+            self.record_no_more(&err);
+            return launches();
+        }
         self.graphs.borrow_mut().kept.insert(key, graph);
         Ok(())
     }
@@ -59,15 +74,15 @@ impl CudaGpu {
                 Err(err) if self.launches_early.replace(false) => {
                     tracing::warn!("kernels that begin early cannot be recorded on this GPU, so none does: {err}");
                 }
-                Err(err) => {
-                    tracing::warn!(
-                        "passes cannot be recorded on this GPU, so each is launched kernel by kernel: {err}"
-                    );
-                    self.graphs.borrow_mut().unrecordable = true;
-                }
+                Err(err) => self.record_no_more(&err),
             }
         }
         None
+    }
+
+    fn record_no_more(&self, err: &Error) {
+        tracing::warn!("passes cannot be recorded on this GPU, so each is launched kernel by kernel: {err}");
+        self.graphs.borrow_mut().unrecordable = true;
     }
 
     /// Drops all graphs where there are too many: of buffers or adapters that are gone, mostly.
@@ -83,9 +98,11 @@ impl CudaGpu {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         self.stream.begin_capture(mode).map_err(Error::wrap)?;
         let launched = launches();
+        // An error that cudarc keeps from somewhere else would let it end without ending the recording.
+        let earlier = self.stream.context().check_err().map_err(Error::wrap);
         let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
         let graph = self.stream.end_capture(flags).map_err(Error::wrap);
-        launched?;
+        launched.and(earlier)?;
         match graph? {
             Some(graph) => Ok(Graph(graph)),
             None => bail!("the recorded pass is empty"),

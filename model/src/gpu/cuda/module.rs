@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use candle_core::cuda_backend::cudarc::driver::sys::CUfunction_attribute_enum::{
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+};
 use candle_core::cuda_backend::cudarc::driver::{CudaContext, CudaFunction, CudaModule};
 use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::{Error, Result};
@@ -37,10 +39,11 @@ pub(super) fn load(context: &Arc<CudaContext>) -> Result<Arc<CudaModule>> {
     Ok(module)
 }
 
-/// A kernel, and the shared memory that its blocks may have.
+/// A kernel.
 pub(super) struct Function {
     pub function: CudaFunction,
-    shared: u32,
+    /// Whether its blocks may have all shared memory that there is.
+    has_all_shared: bool,
 }
 
 impl Function {
@@ -52,20 +55,26 @@ impl Function {
             .map_err(|err| Error::Msg(format!("kernel {name}: {err}")))?;
         Ok(Self {
             function,
-            shared: SHARED_GIVEN,
+            has_all_shared: false,
         })
     }
 
-    /// Lets blocks have `bytes` of dynamic shared memory.
+    /// Lets blocks have `bytes` of dynamic shared memory; `most`: those that a block may have at all. A kernel is the
+    /// device's, not a cache's: all ask for the same, so that none takes from another.
     ///
     /// # Errors
-    /// The GPU's multiprocessors have less.
-    pub fn allow_shared(&mut self, bytes: u32) -> Result<()> {
-        if bytes > self.shared {
+    /// The driver refuses.
+    pub fn allow_shared(&mut self, bytes: u32, most: usize) -> Result<()> {
+        if bytes > SHARED_GIVEN && !self.has_all_shared {
+            let refused = |err| Error::Msg(format!("{bytes} bytes of shared memory: {err}"));
+            let own = self
+                .function
+                .get_attribute(CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
+                .map_err(refused)?;
             self.function
-                .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes as i32)
-                .map_err(|err| Error::Msg(format!("{bytes} bytes of shared memory: {err}")))?;
-            self.shared = bytes;
+                .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most as i32 - own)
+                .map_err(refused)?;
+            self.has_all_shared = true;
         }
         Ok(())
     }
