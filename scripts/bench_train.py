@@ -3,10 +3,11 @@
     python scripts/bench_decode/make_models.py MODELS
     python scripts/bench_train.py MODELS [--lengthwise target/release/lengthwise] [--steps 20] [--models-used 5m,110m]
 
-On a GPU: `--device cuda --dtype bf16 --shapes 8x512`; peak memory is then what nvidia-smi says of the card. Rank 8 on q_proj and v_proj, f32, no dropout, loss on the last two to four tokens of every sequence (the printed length).
-Each measurement is a process of its own; peak memory is its resident set as the system counts it. PEFT runs the step that
-its users run: all logits, labels of -100 where there is no loss. Prints one JSON line per run: trained tokens per second,
-loading left out, and peak MiB.
+On a GPU: `--device cuda --dtype bf16 --shapes 8x512`; peak memory is then what nvidia-smi says of the card. Rank 8 on q_proj
+and v_proj, no dropout, loss on the last two to four tokens of every sequence (the printed length). All sequences of both
+sides have exactly as many tokens as the shape says. Each measurement is a process of its own; peak memory is its resident
+set as the system counts it. PEFT runs the step that its users run: all logits, labels of -100 where there is no loss. Prints
+one JSON line per run: trained tokens per second, loading left out, and peak MiB.
 """
 
 import argparse
@@ -20,7 +21,6 @@ import time
 from pathlib import Path
 
 SHAPES = [(8, 128), (4, 512)]
-TINY = Path(__file__).resolve().parents[1] / "data" / "tiny"
 
 
 def peft_run(args, folder: str, batch: int, length: int, checkpointing: bool) -> dict:
@@ -43,7 +43,8 @@ def peft_run(args, folder: str, batch: int, length: int, checkpointing: bool) ->
     mask = torch.ones_like(ids)
 
     def step():
-        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        # Nothing is generated: no cache of keys and values.
+        model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -61,51 +62,65 @@ def peft_run(args, folder: str, batch: int, length: int, checkpointing: bool) ->
     return {"tokens": batch * length * steps, "seconds": time.perf_counter() - began}
 
 
-def pairs(path: Path, count: int, length: int) -> None:
-    """Pairs whose whole training sequence has exactly `length` tokens of the bundled tokenizer."""
-    from tokenizers import Tokenizer
+def pairs(path: Path, count: int, words: int) -> None:
+    """So many equal pairs, with instructions of so many words, each a token of the bundled tokenizer."""
+    pair = {"instruction": " ".join(["red"] * words), "label": 120, "lengths": [120]}
+    path.write_text("".join(json.dumps({"id": str(i)} | pair) + "\n" for i in range(count)))
 
-    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
-    # Whatever the template and the question add is the same for every pair: found by measuring one.
-    words = "red " * length
-    with open(path, "w") as out:
-        for i in range(count):
-            instruction = words
-            while len(tokenizer.encode(instruction).ids) > length - 60:
-                instruction = instruction[4:]
-            out.write(json.dumps({"id": str(i), "instruction": instruction, "label": 120, "lengths": [120]}) + "\n")
+
+def end_with(status: int) -> None:
+    """Ends where a process failed. It has said why itself, in what is then the last line, unless a signal ended it."""
+    if status != 0:
+        raise SystemExit(status if status > 0 else f"ended by signal {-status}")
 
 
 def lengthwise_run(args, folder: str, batch: int, length: int, checkpointing: bool) -> dict:
     with tempfile.TemporaryDirectory() as temporary:
         data = Path(temporary) / "pairs.jsonl"
-        pairs(data, batch, length)
 
-        def train(count: int) -> dict:
+        def train(name: str, count: int, words: int) -> dict:
+            pairs(data, batch, words)
             command = [args.lengthwise, "train", "--model", folder, "--data", str(data), "--json", "-q"]
             command += ["--device", args.device, "--dtype", args.dtype]
-            command += ["--output", f"{temporary}/{count}", "--batch-size", str(batch), "--epochs", "100000"]
+            command += ["--output", f"{temporary}/{name}", "--batch-size", str(batch), "--epochs", "100000"]
             command += ["--max-steps", str(count), "--lora-dropout", "0", "--save-steps", "1000000"]
             command += ["--gradient-checkpointing"] if checkpointing else []
-            return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            # What it says on standard error is for whoever reads ours.
+            ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            end_with(ended.returncode)
+            return json.loads(ended.stdout)
 
+        # The first run is thrown away: in it a driver compiles what it has not compiled before. Of its tokens those beside
+        # the words are the template's, the question's and the answer's, the same for every pair.
+        words = length // 2
+        words += length - train("first", 1, words)["tokens"] // batch
+        if words < 1:
+            raise SystemExit(f"{length} tokens have no room for an instruction: at least {length + 1 - words} are needed")
         # Two runs, so that what belongs to no step (reading, saving) cancels.
-        short, long = train(1), train(1 + args.steps)
-    return {"tokens": long["tokens"] - short["tokens"], "seconds": long["seconds"] - short["seconds"]}
+        short, long = train("short", 1, words), train("long", 1 + args.steps, words)
+    row = {"tokens": long["tokens"] - short["tokens"], "seconds": long["seconds"] - short["seconds"]}
+    if row["tokens"] != args.steps * batch * length:
+        raise SystemExit(f"{row['tokens']} tokens in {args.steps} steps of {batch} x {length}")
+    return row
 
 
 class Card:
-    """The most memory that the GPU had in use, asked for ten times a second."""
+    """The most memory that the GPU had in use, asked for four times a second; 0 where nvidia-smi does not tell."""
 
     def __init__(self) -> None:
         self.most, self.done = 0, threading.Event()
-        self.thread = threading.Thread(target=self.watch)
+        # A run that fails does not wait for it.
+        self.thread = threading.Thread(target=self.watch, daemon=True)
         self.thread.start()
 
     def watch(self) -> None:
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        while not self.done.wait(0.1):
-            self.most = max(self.most, int(subprocess.run(query, capture_output=True, text=True).stdout.split()[0]))
+        while not self.done.wait(0.25):
+            try:
+                asked = subprocess.run(query, capture_output=True, text=True).stdout
+                self.most = max(self.most, int(asked.split()[0]))
+            except (OSError, ValueError, IndexError):
+                continue
 
     def peak(self) -> int:
         self.done.set()
@@ -124,8 +139,7 @@ def child(arguments: list[str]) -> dict:
     with os.fdopen(read) as pipe:
         out = pipe.read()
     _, status, usage = os.wait4(pid, 0)
-    if status != 0:
-        raise SystemExit(f"failed: {arguments}")
+    end_with(os.waitstatus_to_exitcode(status))
     row = json.loads(out.splitlines()[-1])
     row.setdefault("peak_mib", usage.ru_maxrss / 1024)
     row["tokens_per_s"] = row["tokens"] / row["seconds"]
@@ -141,7 +155,8 @@ def main() -> None:
     parser.add_argument("--shapes", default=",".join(f"{batch}x{length}" for batch, length in SHAPES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="f32", choices=["f32", "bf16"])
-    parser.add_argument("--engines", default="peft,lengthwise,checkpointing", help="checkpointing: ours, with it; peft_checkpointing: theirs")
+    engines = "checkpointing: ours, with it; peft_checkpointing: theirs"
+    parser.add_argument("--engines", default="peft,lengthwise,checkpointing", help=engines)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

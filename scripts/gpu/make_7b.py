@@ -2,18 +2,20 @@
 
     python scripts/gpu/make_7b.py OUTPUT     # needs torch (CUDA) and transformers
 
-The tokenizer is the bundled model's; the benchmark feeds token ids.
+The tokenizer is the bundled model's; the benchmark feeds token ids. OUTPUT is there when it is complete, and is then left as
+it is.
 """
 
 import shutil
 import sys
 from pathlib import Path
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+def make(folder: Path) -> None:
+    # Only here: a folder that is there costs no import.
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-def main(folder: Path) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
@@ -27,6 +29,17 @@ def main(folder: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny / file, folder / file)
     print(f"{folder}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters")
+
+
+def main(folder: Path) -> None:
+    if folder.exists():
+        print(f"{folder} is there")
+        return
+    # What a run that was stopped left takes room.
+    staged = folder.with_name(folder.name + ".new")
+    shutil.rmtree(staged, ignore_errors=True)
+    make(staged)
+    staged.rename(folder)
 
 
 if __name__ == "__main__":
