@@ -33,7 +33,7 @@ const POINTS: [(usize, usize); 13] = [
 /// A profile that stops below such batches is not kept: the planner would have to guess what large ones cost.
 pub const LARGE_BATCH: usize = 32;
 /// Decode steps timed together at each.
-const STEPS: u32 = 16;
+pub const STEPS: u32 = 16;
 
 /// A profile as it is kept.
 #[derive(Serialize, Deserialize)]
@@ -59,7 +59,9 @@ pub fn cost_model(model: &LoadedModel, config: EngineConfig, engine: Option<&mut
         }
     };
     let cost = fit(&points)?;
-    keep(model, config, &points)?;
+    if let Err(err) = keep(model, config, &points) {
+        tracing::warn!("the profile cannot be kept, so the next run measures again: {err:#}");
+    }
     Ok(cost)
 }
 
@@ -102,7 +104,7 @@ fn measure(model: &LoadedModel, engine: &mut Engine) -> anyhow::Result<Vec<Profi
     for (batch_size, context) in POINTS {
         let context = context.clamp(1, longest.max(1));
         if batch_size * (context + STEPS as usize + 1) <= engine.cache_tokens() {
-            points.push(profile_point(engine, batch_size, context, STEPS)?);
+            points.extend(profile_point(engine, batch_size, context, STEPS)?.measured());
         }
         bar.set(points.len() as u64, |_| {
             format!("batch {batch_size}, context {context}")

@@ -91,7 +91,7 @@ impl ScheduleArgs {
 #[derive(Args, Clone, Copy)]
 pub struct CacheArgs {
     /// Tokens that the KV cache holds [default: what fits 1 GiB, or nine tenths of a GPU's free memory]
-    #[arg(long)]
+    #[arg(long, value_parser = parse_tokens)]
     pub kv_cache_tokens: Option<usize>,
     /// The same in bytes; K, M and G stand for 1024, 1024² and 1024³
     #[arg(long, value_parser = parse_bytes, conflicts_with = "kv_cache_tokens")]
@@ -115,6 +115,12 @@ impl CacheArgs {
     }
 }
 
+/// Tokens: as many as some machine has the memory for.
+fn parse_tokens(text: &str) -> Result<usize, String> {
+    let tokens = text.parse::<usize>().ok().filter(|n| (1..=1 << 40).contains(n));
+    tokens.ok_or_else(|| "expected a number of tokens from 1 to 2^40".to_owned())
+}
+
 /// Bytes, with a unit or without.
 fn parse_bytes(text: &str) -> Result<usize, String> {
     let (number, unit) = match text.char_indices().last() {
@@ -124,6 +130,7 @@ fn parse_bytes(text: &str) -> Result<usize, String> {
         _ => (text, 1_usize),
     };
     let bytes = number.parse::<usize>().ok().and_then(|n| n.checked_mul(unit));
+    let bytes = bytes.filter(|n| (1..=1 << 50).contains(n));
     bytes.ok_or_else(|| "expected a number of bytes, such as 1500000, 512M or 2G".to_owned())
 }
 

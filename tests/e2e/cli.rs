@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::support::run;
+use crate::support::{Folder, run};
 
 const COMMANDS: [&str; 13] = [
     "demo", "collect", "label", "train", "eval", "predict", "serve", "generate", "bench", "simulate", "report",
@@ -34,7 +34,7 @@ fn help_is_printed_on_standard_output_and_is_no_failure() -> Result<()> {
 
 #[test]
 fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
-    let cases: [(&[&str], &str); 11] = [
+    let cases: [(&[&str], &str); 15] = [
         (&["nonsense"], "nonsense"),
         (&["label", "--input", "x"], "--output"),
         (&["label", "--input", "x", "--output", "y", "--bucket", "0"], "--bucket"),
@@ -59,6 +59,16 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
         (&["predict", "--dtype", "f8", "text"], "f8"),
         (&["predict", "--quantize", "q4_0", "text"], "q8_0"),
         (&["profile", "--kv-cache-dtype", "q8_0"], "f16"),
+        (&["profile", "--kv-cache-tokens", "18446744073709551615"], "2^40"),
+        (&["profile", "--contexts", "0"], "--contexts"),
+        (
+            &["generate", "--input", "x", "--output", "y", "--temperature", "nan"],
+            "at least 0",
+        ),
+        (
+            &["generate", "--input", "x", "--output", "y", "--top-p", "2"],
+            "from 0 to 1",
+        ),
         // Weights in 8 bits are run, not trained on.
         (
             &["train", "--data", "x", "--output", "y", "--quantize", "q8_0"],
@@ -150,6 +160,56 @@ fn lengths_become_pairs_become_nothing_else() -> Result<()> {
     assert_eq!(
         pair,
         serde_json::json!({"id": "a", "instruction": "x", "label": 150, "lengths": [115, 126]})
+    );
+    Ok(())
+}
+
+#[test]
+fn what_could_not_mean_anything_is_refused_in_one_line() -> Result<()> {
+    let folder = Folder::new(0)?;
+    let (lengths, pairs) = (folder.text("lengths.json"), folder.text("pairs.jsonl"));
+    std::fs::write(&lengths, r#"[{"id": "a", "L_t0.0": 5}, {"id": "b", "L_t0.0": 7}]"#)?;
+    std::fs::write(
+        &pairs,
+        r#"{"id": "a", "instruction": "Count.", "label": 2000, "lengths": [2000]}"#,
+    )?;
+    let cases: [(&[&str], &str); 2] = [
+        (&["profile", "--steps", "1000000"], "leave no room for a prompt"),
+        (
+            &[
+                "bench",
+                "--replay",
+                &lengths,
+                "--strategy",
+                "seqsch",
+                "--adapter",
+                "none",
+            ],
+            "random tokens",
+        ),
+    ];
+    for (args, said) in cases {
+        let run = run(args)?;
+        assert_eq!((run.code, run.stdout.as_str()), (Some(1), ""), "{args:?}");
+        let lines: Vec<&str> = run.stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+        assert!(lines.len() == 1 && lines[0].contains(said), "{args:?}: {}", run.stderr);
+    }
+    // A length beyond the cap stays what it is.
+    let eval = run(&[
+        "eval",
+        "--data",
+        &pairs,
+        "--method",
+        "constant",
+        "--constant",
+        "512",
+        "--json",
+    ])?;
+    assert!(
+        eval.stdout.contains("1488") && eval.stderr.contains("1 of 1 lengths"),
+        "{}{}",
+        eval.stdout,
+        eval.stderr
     );
     Ok(())
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::support::{Folder, binary, succeed, workspace};
+use crate::support::{Folder, binary, run, succeed, workspace};
 
 /// Starts the binary and sends it the signals one after the other as soon as `ready` holds.
 fn signal_when(args: &[&str], signals: &[&str], ready: impl Fn() -> bool) -> Result<Output> {
@@ -71,6 +71,22 @@ fn stops_and_goes_on(flags: &[&str], signals: &[&str]) -> Result<String> {
     ensure!((8..150).contains(&kept), "{kept} answers were kept");
     let journal = fs::read_to_string(&journal)?;
     assert!(!journal.contains("cancelled"), "what was cut short is no answer");
+    // Other instructions under the same ids, and the same ones rounded otherwise, do not take these answers over.
+    let asked = folder.read("in.jsonl")?;
+    fs::write(&input, asked.replace("\"instruction\":\"", "\"instruction\":\"Now: "))?;
+    let other = run(&again)?;
+    assert!(
+        other.code == Some(1) && other.stderr.contains("holds the answer to request"),
+        "{}",
+        other.stderr
+    );
+    fs::write(&input, asked)?;
+    let narrow = run(&[&again[..], &["--kv-cache-dtype", "f16"]].concat())?;
+    assert!(
+        narrow.code == Some(1) && narrow.stderr.contains("kv_cache_dtype"),
+        "{}",
+        narrow.stderr
+    );
     succeed(&again)?;
     assert_eq!(folder.read("out.jsonl")?, folder.read("whole.jsonl")?);
     let said = String::from_utf8(output.stderr).context("it speaks UTF-8")?;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use clap::Args;
+use clap::builder::ArgPredicate;
 use lengthwise_core::LengthEstimate;
 use lengthwise_decoder::{
     Controls, LocalDecoder, PredictedRequest, Prober, SequenceRequest, run_controlled, run_strategy,
@@ -37,8 +38,16 @@ pub struct BenchArgs {
     /// Instructions to answer [with --replay: prompts of random tokens]
     #[arg(long, required_unless_present = "replay")]
     input: Option<PathBuf>,
-    /// vanilla, po, seqsch, oracle or continuous; several with commas
-    #[arg(long, value_delimiter = ',', default_value = "vanilla,oracle,continuous")]
+    /// vanilla, po, seqsch, oracle or continuous; several with commas [default: vanilla and continuous, with known lengths
+    /// oracle too]
+    #[arg(
+        long, value_delimiter = ',', hide_default_value = true, default_value = "vanilla,continuous",
+        default_value_ifs = [
+            ("replay", ArgPredicate::IsPresent, "vanilla,oracle,continuous"),
+            ("lengths", ArgPredicate::IsPresent, "vanilla,oracle,continuous"),
+            ("predictions", ArgPredicate::IsPresent, "vanilla,oracle,continuous"),
+        ]
+    )]
     strategy: Vec<Strategy>,
     #[command(flatten)]
     schedule: ScheduleArgs,
@@ -83,6 +92,7 @@ pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
     let mut decoder = local_decoder(&model, None, args.schedule.batch_size, args.cache.engine())?;
     let workload = workload(global, args, &decoder)?;
     args.sweep.check(workload.sequences.len())?;
+    predict::check(args, &workload)?;
     let sizes: Vec<usize> = args.sweep.batch_sizes.iter().map(|size| size.get()).collect();
     check_sizes(decoder.engine(), &workload.sequences, &sizes)?;
     if let Some(path) = &args.export_workload {

@@ -114,8 +114,16 @@ pub fn measure(
     let both: Vec<(u32, u32)> = estimates
         .iter()
         .zip(pairs)
-        .map(|(e, pair)| (e.max_tokens, truth(pair).min(cap)))
+        .map(|(e, pair)| (e.max_tokens, truth(pair)))
         .collect();
+    let beyond = both.iter().filter(|(_, truth)| *truth > cap).count();
+    if beyond > 0 {
+        tracing::warn!(
+            "{beyond} of {} lengths are beyond --max-new-tokens {cap}, which no prediction is",
+            pairs.len()
+        );
+    }
+    // A distribution says no more of what is beyond than that it is.
     let capped = |pair: &Pair| pair.lengths.iter().map(|&l| l.min(cap)).collect();
     let samples: Vec<Vec<u32>> = pairs.iter().map(capped).collect();
     let row = PredictorRow {

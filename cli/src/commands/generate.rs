@@ -18,7 +18,9 @@ use crate::history::History;
 use crate::in_passes::{self, Asked, InPasses};
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::interrupt::Interrupt;
+use crate::kept::Marks;
 use crate::output::print_json;
+use crate::parse::{not_negative, share};
 use crate::predictions::{
     CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
@@ -42,10 +44,10 @@ pub struct GenerateArgs {
     predictions: PredictionArgs,
     /// Sampling temperature; 0 takes the most likely token [default: that of the model's generation_config.json if it
     /// says do_sample, else 0]
-    #[arg(long)]
+    #[arg(long, value_parser = not_negative)]
     temperature: Option<f32>,
     /// Draw only from the most likely tokens that together have this probability [default: likewise, else 1]
-    #[arg(long)]
+    #[arg(long, value_parser = share)]
     top_p: Option<f32>,
     /// Draw only from this many most likely tokens; 0: all [default: likewise, else 0]
     #[arg(long)]
@@ -62,12 +64,14 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let mut settings = serde_json::json!({
         "model": global.model, "seed": global.seed, "temperature": args.temperature, "top_p": args.top_p,
         "top_k": args.top_k, "max_new_tokens": args.schedule.max_new_tokens,
+        "dtype": format!("{:?}", global.dtype), "kv_cache_dtype": format!("{:?}", args.cache.kv_cache_dtype),
     });
     if let Some(quantization) = args.weights.quantize {
         settings["quantize"] = format!("{quantization:?}").into();
     }
     let (mut journal, finished) = Journal::open(&args.output, &settings.to_string())?;
-    let mut lines = answered(&finished)?;
+    let marks = Marks::of(&records);
+    let mut lines = marks.answers(&finished, journal.path())?;
     let waiting: Vec<&InstructionRecord> = records.iter().filter(|r| !lines.contains_key(&r.id)).collect();
     let began = Instant::now();
     let mut stats = StrategyStats::default();
@@ -99,7 +103,8 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             .map(|folder| InPasses::open(decoder.model(), folder, asked, cap, admit))
             .transpose()?;
         let mut keep = |id, line: String| {
-            journal.push(&line).map_err(DecodeError::sink)?;
+            let kept = marks.line(&id, &line).map_err(DecodeError::sink)?;
+            journal.push(&kept).map_err(DecodeError::sink)?;
             lines.insert(id, line);
             Ok(())
         };
@@ -134,19 +139,6 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
 fn stopped(done: usize, of: usize, output: &Path) -> anyhow::Error {
     let output = output.display();
     anyhow!("stopped: {done} of {of} answers for {output} are kept; the same command goes on from there")
-}
-
-/// The answers that an earlier run finished, by request.
-fn answered(lines: &[String]) -> anyhow::Result<HashMap<RequestId, String>> {
-    let id = |line: &String| {
-        let value: serde_json::Value = serde_json::from_str(line).context("the unfinished output is damaged")?;
-        let id = value["custom_id"]
-            .as_str()
-            .or(value["id"].as_str())
-            .context("the unfinished output is damaged")?;
-        Ok((RequestId::from(id), line.clone()))
-    };
-    lines.iter().map(id).collect()
 }
 
 /// Tokenised requests with the lengths that they are scheduled by, and the largest length expected of each; and the

@@ -5,6 +5,7 @@ mod products;
 use std::num::NonZeroUsize;
 use std::time::Instant;
 
+use anyhow::bail;
 use clap::Args;
 use lengthwise_core::SamplingParams;
 use lengthwise_decoder::{Engine, PredictedRequest, SequenceRequest, run_strategy};
@@ -21,14 +22,15 @@ use crate::table::Table;
 /// Flags of `profile`.
 #[derive(Args)]
 pub struct ProfileArgs {
-    /// Batch sizes, with commas
+    /// Batch sizes, with commas; where there are some of 32 and more, and 16 steps, --planner cost plans by this profile
+    /// from now on
     #[arg(long, value_delimiter = ',', default_value = "1,4,16,64,128")]
     batch_sizes: Vec<NonZeroUsize>,
     /// Contexts in tokens, with commas
     #[arg(long, value_delimiter = ',', default_value = "32,128,512")]
-    contexts: Vec<usize>,
+    contexts: Vec<NonZeroUsize>,
     /// Decode steps that are timed together
-    #[arg(long, default_value_t = 16)]
+    #[arg(long, default_value_t = crate::cost::STEPS, value_parser = clap::value_parser!(u32).range(1..))]
     steps: u32,
     #[command(flatten)]
     cache: CacheArgs,
@@ -49,11 +51,26 @@ pub struct ProfilePoint {
     pub step_ms: f64,
 }
 
+impl ProfilePoint {
+    /// Itself, unless its steps took no time that could be told from the prompts'.
+    pub fn measured(self) -> Option<Self> {
+        if self.step_ms > 0.0 {
+            return Some(self);
+        }
+        let Self {
+            batch_size, context, ..
+        } = self;
+        tracing::warn!("steps of batch {batch_size} at context {context} are lost in the noise: left out");
+        None
+    }
+}
+
 pub fn run(global: &Global, args: &ProfileArgs) -> anyhow::Result<()> {
     let model = global.open_quantized(args.weights)?;
     let points = measure(&model, args)?;
     // The planner's cost model reads it.
-    if points.iter().any(|p| p.batch_size >= crate::cost::LARGE_BATCH) {
+    let has_large = points.iter().any(|p| p.batch_size >= crate::cost::LARGE_BATCH);
+    if has_large && args.steps >= crate::cost::STEPS {
         crate::cost::keep(&model, args.cache.engine(), &points)?;
     }
     let products = products::measure(&model.network, &points);
@@ -85,24 +102,37 @@ fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<Profil
         .config()
         .max_position_embeddings
         .saturating_sub(args.steps as usize + 1);
+    if most == 0 {
+        bail!(
+            "{} steps leave no room for a prompt: the model has {} positions",
+            args.steps,
+            model.network.config().max_position_embeddings
+        );
+    }
     let eos = model.tokenizer.eos().to_vec();
     let mut engine = Engine::new(model.network.clone(), None, eos, args.cache.engine())?;
     let mut points = Vec::new();
     let mut bar = Bar::new("profile", (args.batch_sizes.len() * args.contexts.len()) as u64);
     for batch_size in &args.batch_sizes {
         for &context in &args.contexts {
-            let context = context.clamp(1, most);
+            if context.get() > most {
+                tracing::warn!("context {context} is beyond the model's positions: {most} is measured");
+            }
+            let context = context.get().min(most);
             if batch_size.get() * (context + args.steps as usize + 1) > engine.cache_tokens() {
                 tracing::warn!("batch {batch_size} at context {context} does not fit the KV cache: left out");
                 continue;
             }
-            points.push(profile_point(&mut engine, batch_size.get(), context, args.steps)?);
+            points.extend(profile_point(&mut engine, batch_size.get(), context, args.steps)?.measured());
             bar.set(points.len() as u64, |_| {
                 format!("batch {batch_size}, context {context}")
             });
         }
     }
     bar.finish();
+    if points.is_empty() {
+        bail!("nothing could be measured: raise --kv-cache-tokens, or give smaller --batch-sizes and --contexts");
+    }
     Ok(points)
 }
 

@@ -64,6 +64,11 @@ impl Journal {
         Ok((journal, lines))
     }
 
+    /// Where the lines stand.
+    pub fn path(&self) -> &Path {
+        &self.partial
+    }
+
     /// Takes the settings off the lines of the journal; begins one without items anew.
     fn check_settings(&mut self, lines: &mut Vec<String>, settings: &str) -> Result<(), FileError> {
         let begun = (!lines.is_empty()).then(|| lines.remove(0));

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use lengthwise_core::{LengthEstimate, LengthPredictor, RequestId};
 use lengthwise_model::LoadedModel;
 use lengthwise_scheduler::Strategy;
@@ -18,6 +18,34 @@ pub fn in_passes(args: &BenchArgs, strategy: Strategy) -> Option<&Path> {
     in_passes::folder(&args.predictions, &args.schedule, strategy).filter(|_| args.noise_mae.is_none())
 }
 
+/// That no strategy would ask a predictor about prompts that say nothing: all would count by the cap then.
+///
+/// # Errors
+/// One would.
+pub fn check(args: &BenchArgs, workload: &Workload) -> anyhow::Result<()> {
+    let asking = args.strategy.iter().find(|strategy| asks(args, workload, **strategy));
+    match asking.filter(|_| workload.prompts.is_none()) {
+        Some(strategy) => bail!(
+            "{strategy} would ask a predictor about prompts of random tokens: give --input too, or leave --predictor and \
+             --adapter out (the recorded lengths are known, and --noise-mae disturbs them)"
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Whether a strategy asks a predictor before it runs.
+fn asks(args: &BenchArgs, workload: &Workload, strategy: Strategy) -> bool {
+    let source = &args.predictions;
+    let named = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
+    let known = match strategy {
+        Strategy::Vanilla => true,
+        Strategy::Oracle if workload.largest.is_some() => true,
+        Strategy::SeqSch | Strategy::Continuous if args.noise_mae.is_some() => true,
+        _ => source.predictions.is_some() || !named && args.replay.is_some(),
+    };
+    !known && in_passes(args, strategy).is_none()
+}
+
 /// The predictor that one strategy asks; none where its predictions are known. Opened before the clock runs.
 pub fn predictor(
     args: &BenchArgs,
@@ -25,20 +53,9 @@ pub fn predictor(
     workload: &Workload,
     strategy: Strategy,
 ) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
-    let source = &args.predictions;
-    if in_passes(args, strategy).is_some() {
-        return Ok(None);
-    }
-    let asks = source.predictor.is_some() || source.adapter.is_some() || strategy == Strategy::Po;
-    let known = match strategy {
-        Strategy::Vanilla => true,
-        Strategy::Oracle if workload.largest.is_some() => true,
-        Strategy::SeqSch | Strategy::Continuous if args.noise_mae.is_some() => true,
-        _ => source.predictions.is_some() || !asks && args.replay.is_some(),
-    };
-    match known || workload.prompts.is_none() {
-        true => Ok(None),
-        false => predictor_for(strategy, source, model, args.schedule.max_new_tokens),
+    match asks(args, workload, strategy) {
+        true => predictor_for(strategy, &args.predictions, model, args.schedule.max_new_tokens),
+        false => Ok(None),
     }
 }
 
@@ -69,9 +86,8 @@ pub fn predict(
         let ids: Vec<RequestId> = workload.sequences.iter().map(|s| s.id.clone()).collect();
         return from_file(path, &ids);
     }
-    let asks = args.predictions.predictor.is_some() || args.predictions.adapter.is_some() || strategy == Strategy::Po;
-    match asks || args.replay.is_none() {
-        // Until the passes have told more; and prompts of random tokens say nothing that could be asked about.
+    match in_passes(args, strategy).is_some() || args.replay.is_none() {
+        // Until the passes have told more.
         true => Ok(at_cap()),
         false => Ok(numbers(known.cloned().context("--replay has no lengths")?)),
     }
