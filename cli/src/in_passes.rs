@@ -18,8 +18,7 @@ use crate::predictions::{PredictionArgs, head_predictor, predicted, scheduled_le
 /// its turn comes and not before, and a head takes one prefill, which any pass has room for.
 pub fn folder<'a>(source: &'a PredictionArgs, schedule: &ScheduleArgs, strategy: Strategy) -> Option<&'a Path> {
     let in_order = strategy == Strategy::Continuous && schedule.order == AdmissionOrder::FirstCome;
-    let elsewhere = source.predictor.is_some() || source.predictions.is_some();
-    let folder = source.adapter.as_deref().filter(|_| in_order && !elsewhere)?;
+    let folder = source.adapter.as_deref().filter(|_| in_order)?;
     LengthHead::is_in(folder).then_some(folder)
 }
 

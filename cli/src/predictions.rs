@@ -26,10 +26,10 @@ use crate::progress::{Bar, NO_BAR_FOR};
 #[derive(Args, Clone)]
 pub struct PredictionArgs {
     /// A running predictor, http://host:port
-    #[arg(long)]
+    #[arg(long, conflicts_with_all = ["adapter", "predictions"])]
     pub predictor: Option<String>,
     /// A length adapter, run in this process on the same weights
-    #[arg(long)]
+    #[arg(long, conflicts_with = "predictions")]
     pub adapter: Option<PathBuf>,
     /// A JSONL file of {"id", "max_tokens"}, and "quantiles" [{"probability", "tokens"}] where they are known
     #[arg(long)]

@@ -167,6 +167,16 @@ fn requests(
         };
         decoder.tokenize(&request)
     };
+    let longer = |r: &&InstructionRecord| {
+        r.batch
+            .as_ref()
+            .and_then(|body| body.max_tokens)
+            .is_some_and(|n| n > cap)
+    };
+    let beyond = records.iter().copied().filter(longer).count();
+    if beyond > 0 {
+        tracing::warn!("{beyond} requests ask for more than --max-new-tokens {cap}: their answers end there");
+    }
     // Every request is checked before the first is predicted or decoded.
     let sequences = records.iter().map(request).collect::<Result<Vec<_>, _>>()?;
     let predictor = match in_passes::folder(&args.predictions, &args.schedule, args.strategy) {

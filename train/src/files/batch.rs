@@ -38,6 +38,22 @@ struct RawBody {
     n: Option<u32>,
 }
 
+/// Fields of a body that would change the answer and are not followed, unless they ask for nothing.
+const NOT_FOLLOWED: [&str; 12] = [
+    "stop",
+    "tools",
+    "tool_choice",
+    "functions",
+    "response_format",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+    "frequency_penalty",
+    "presence_penalty",
+    "stream",
+    "modalities",
+];
+
 /// Reads a line of the batch format: `custom_id`, `method`, `url` and `body`.
 pub(super) fn parse_batch(value: &Value) -> Result<InstructionRecord, String> {
     let id = id_of(&value["custom_id"]).ok_or("\"custom_id\" must be a text")?;
@@ -59,6 +75,11 @@ pub(super) fn parse_batch(value: &Value) -> Result<InstructionRecord, String> {
 
 fn parse_body(value: &Value) -> Result<BatchBody, String> {
     let raw = RawBody::deserialize(value).map_err(|err| err.to_string())?;
+    if let Some(field) = NOT_FOLLOWED.into_iter().find(|field| asks(&value[*field])) {
+        return Err(format!(
+            "{field} is not followed: remove it to have the request answered without"
+        ));
+    }
     let max_tokens = raw.max_completion_tokens.or(raw.max_tokens);
     if max_tokens == Some(0) {
         return Err("max_tokens is 0, it must be at least 1".to_owned());
@@ -81,6 +102,19 @@ fn parse_body(value: &Value) -> Result<BatchBody, String> {
         // OpenAI's seeds are signed; the bits are what counts.
         seed: raw.seed.map(|seed| seed as u64),
     })
+}
+
+/// Whether a field's value asks for anything.
+fn asks(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Bool(true) => true,
+        Value::Number(number) => number.as_f64() != Some(0.0),
+        Value::String(text) => !matches!(text.as_str(), "" | "none"),
+        Value::Array(items) => items.iter().any(|item| item != "text"),
+        // A response_format that is the usual one.
+        Value::Object(fields) => !fields.is_empty() && fields.get("type").is_none_or(|kind| kind != "text"),
+    }
 }
 
 /// A turn in OpenAI's form; its content is a text or a list of parts, of which only texts can be answered.
@@ -145,6 +179,13 @@ mod tests {
     }
 
     #[test]
+    fn fields_that_ask_for_nothing_are_no_matter() {
+        let body = json!({"messages": [], "stop": null, "tools": [], "tool_choice": "none", "stream": false, "n": 1,
+            "response_format": {"type": "text"}, "modalities": ["text"], "presence_penalty": 0});
+        assert!(parse(body).is_ok());
+    }
+
+    #[test]
     fn what_cannot_be_answered_is_refused() {
         let image = json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]});
         let cases = [
@@ -153,6 +194,12 @@ mod tests {
             (json!({"temperature": -1.0}), "temperature is -1"),
             (json!({"top_p": 0.0}), "top_p is 0"),
             (json!({"max_tokens": 0}), "max_tokens is 0"),
+            (json!({"stop": ["3"]}), "stop is not followed"),
+            (json!({"presence_penalty": 0.5}), "presence_penalty is not followed"),
+            (
+                json!({"response_format": {"type": "json_object"}}),
+                "response_format is not followed",
+            ),
             (json!({"max_tokens": "many"}), "body: invalid type"),
         ];
         for (body, want) in cases {

@@ -157,7 +157,7 @@ mod tests {
             ("{\"instruction\": \"x\"}".to_owned(), "line 1: there is no \"id\""),
             (
                 format!("{good}{{\"id\": null, \"instruction\": \"x\"}}"),
-                "line 2: \"id\" must be a text or a number",
+                "line 2: \"id\" must be a text or a whole number",
             ),
             (
                 "[{\"id\": 1, \"instruction\": \"x\"},\n{\"instruction\": \"y\"}]".to_owned(),

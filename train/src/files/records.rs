@@ -131,11 +131,11 @@ fn lines(path: &Path, text: &str) -> Result<Vec<Record>, FileError> {
     filled.map(record).collect()
 }
 
-/// The text of an id, which may be a number.
+/// The text of an id, which may be a whole number: others have no one way to be written.
 pub(super) fn id_of(value: &Value) -> Option<RequestId> {
     match value {
         Value::String(text) if !text.is_empty() => Some(text.as_str().into()),
-        Value::Number(number) => Some(number.to_string().into()),
+        Value::Number(number) if !number.is_f64() => Some(number.to_string().into()),
         _ => None,
     }
 }
@@ -143,7 +143,7 @@ pub(super) fn id_of(value: &Value) -> Option<RequestId> {
 /// The id of a record that must have one.
 pub(super) fn required_id(value: &Value) -> Result<RequestId, &'static str> {
     let id = value.get("id").ok_or("there is no \"id\"")?;
-    id_of(id).ok_or("\"id\" must be a text or a number")
+    id_of(id).ok_or("\"id\" must be a text or a whole number")
 }
 
 /// Sees to it that no id occurs twice.
