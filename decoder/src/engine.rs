@@ -153,18 +153,10 @@ impl Engine {
         Sequence::new(request, self.adapter.as_deref())
     }
 
-    /// One forward pass: every sequence's next token, or a chunk of its prompt. Each must have its blocks reserved
-    /// for all its pending tokens.
-    pub(crate) fn step(&mut self, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
-        if let Some(launched) = self.launch(sequences, &mut Probes::default())? {
-            self.land(launched, sequences)?;
-        }
-        Ok(())
-    }
-
-    /// As [`Engine::step`], with probes behind the sequences; but where the device allows it the pass is only launched, and
-    /// the one before is waited for: while the host works on that one's tokens, the device is at the next. A sequence's end
-    /// is so seen one pass late.
+    /// One forward pass: every sequence's next token, or a chunk of its prompt, and probes behind them. Each sequence must
+    /// have its blocks reserved for all its pending tokens. Where the device allows it the pass is only launched, and the one
+    /// before is waited for: while the host works on that one's tokens, the device is at the next. A sequence's end is so
+    /// seen one pass late.
     pub(crate) fn step_ahead(
         &mut self,
         sequences: &mut [&mut Sequence],
@@ -186,9 +178,16 @@ impl Engine {
         Ok(stepped)
     }
 
-    /// Forgets the last pass that [`Engine::step_ahead`] launched; nobody waits for its tokens.
-    pub(crate) fn forget_ahead(&mut self) {
-        self.ahead = None;
+    /// Waits for the last pass that [`Engine::step_ahead`] launched, and launches none.
+    pub(crate) fn land_ahead(&mut self, sequences: &mut [&mut Sequence]) -> Result<(), DecodeError> {
+        self.ahead
+            .take()
+            .map_or(Ok(()), |before| self.land(before, sequences).map(|_| ()))
+    }
+
+    /// Forgets the last pass that [`Engine::step_ahead`] launched, whose tokens nobody waits for. Whether there was one.
+    pub(crate) fn forget_ahead(&mut self) -> bool {
+        self.ahead.take().is_some()
     }
 
     fn launch(
@@ -242,14 +241,15 @@ impl Engine {
         }))
     }
 
-    /// Waits for a pass and gives its tokens to their sequences; those that are gone have none to take. Returns what its
-    /// probes gave.
+    /// Waits for a pass and gives its tokens to their sequences; those that are gone, or had ended before it, have none to
+    /// take. Returns what its probes gave.
     fn land(&self, launched: Launched, sequences: &mut [&mut Sequence]) -> Result<Vec<Probed>, DecodeError> {
         let landed = launched.flight.land().map_err(DecodeError::model)?;
         let drawn = launched.runs.into_iter().zip(landed.tokens);
         let mut drawn: HashMap<u64, u32> = drawn.filter_map(|(run, token)| Some((run?, token))).collect();
         for sequence in sequences {
-            if let Some(token) = sequence.run.and_then(|run| drawn.remove(&run)) {
+            let token = sequence.run.and_then(|run| drawn.remove(&run));
+            if let Some(token) = token.filter(|_| sequence.is_unseen()) {
                 sequence.see(token, &self.eos);
             }
         }

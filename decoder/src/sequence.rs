@@ -45,6 +45,8 @@ pub(crate) struct Sequence {
     pub table: BlockTable,
     sampler: Sampler,
     pub finish: Option<FinishReason>,
+    /// Tokens at which it stops for now.
+    pub stop_at: u32,
     /// How many of the last tokens only the device knows.
     unseen: usize,
     /// The engine's number for it, from its first pass to its eviction.
@@ -64,6 +66,7 @@ impl Sequence {
             table: BlockTable::default(),
             sampler: Sampler::new(request.sampling),
             finish: None,
+            stop_at: u32::MAX,
             unseen: 0,
             run: None,
             request,
@@ -75,11 +78,16 @@ impl Sequence {
         (self.tokens.len() - self.prompt_tokens - self.unseen) as u32
     }
 
-    /// Whether it will have ended when the tokens that only the device knows yet are seen, whichever they are.
+    /// Whether it will have ended or stopped when the tokens that only the device knows yet are seen, whichever they are.
     pub fn ends_unseen(&self) -> bool {
         let generated = self.generated() + self.unseen as u32;
         let last = self.request.replay_tokens.unwrap_or(u32::MAX);
-        self.unseen > 0 && generated >= last.min(self.request.max_new_tokens)
+        self.unseen > 0 && generated >= last.min(self.request.max_new_tokens).min(self.stop_at)
+    }
+
+    /// Whether it has tokens that only the device knows yet.
+    pub fn is_unseen(&self) -> bool {
+        self.unseen > 0
     }
 
     /// Tokens of the answer so far that the cache does not hold, the last one left out: that was never computed on.
@@ -151,6 +159,8 @@ impl Sequence {
         if self.finish.is_some() {
             self.tokens.truncate(at + 1);
             self.unseen = 0;
+            // Where it stays in its batch it repeats its last token, as `advance` says.
+            self.cached = self.cached.min(at);
         }
     }
 

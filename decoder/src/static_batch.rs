@@ -9,6 +9,7 @@ use lengthwise_scheduler::{
 };
 
 use crate::engine::Engine;
+use crate::probes::Probes;
 use crate::sequence::Sequence;
 use crate::{Cancellation, OutputSink, PredictedRequest, SequenceRequest};
 
@@ -155,8 +156,10 @@ struct Row {
 }
 
 impl Row {
-    fn of(sequence: Sequence) -> Self {
+    /// - `stop_at`: tokens that the batch brings it at most
+    fn of(mut sequence: Sequence, stop_at: u32) -> Self {
         let begun = sequence.generated();
+        sequence.stop_at = begun.saturating_add(stop_at);
         Self { sequence, begun }
     }
 
@@ -182,7 +185,7 @@ impl StaticExecutor<'_> {
         for id in ids {
             match self.cancelled.contains(id) {
                 true => run.outcomes.push((id.clone(), Outcome::Cancelled)),
-                false => part.push(Row::of(self.take(id)?)),
+                false => part.push(Row::of(self.take(id)?, stop_at)),
             }
         }
         self.make_room(&part, stop_at);
@@ -192,11 +195,13 @@ impl StaticExecutor<'_> {
             .map(|r| u64::from(r.sequence.generated_uncached()))
             .sum::<u64>();
         let result = self.run_rows(&mut part, stop_at, &mut run);
+        // Where the last row's end was seen a pass late.
+        let in_vain = u32::from(self.engine.forget_ahead());
         if result.is_err() {
             part.iter_mut().for_each(|row| self.engine.evict(&mut row.sequence));
         }
         result?;
-        run.steps = part.iter().map(Row::steps).max().unwrap_or(0).max(run.steps);
+        run.steps = part.iter().map(Row::steps).max().unwrap_or(0).max(run.steps) + in_vain;
         run.slot_steps += u64::from(run.steps) * part.len() as u64;
         if let Some(recording) = &mut self.engine.recording {
             recording.batch(part.iter().map(Row::steps), run.steps);
@@ -233,6 +238,10 @@ impl StaticExecutor<'_> {
             if rows.iter().all(|s| s.finish.is_some()) {
                 return Ok(());
             }
+            if rows.iter().all(|s| s.finish.is_some() || s.ends_unseen()) {
+                self.engine.land_ahead(&mut rows)?;
+                continue;
+            }
             for row in &mut rows {
                 if !self.engine.reserve(row) {
                     let (needed, capacity) = (most_tokens(row, stop_at), self.engine.cache_tokens());
@@ -243,7 +252,7 @@ impl StaticExecutor<'_> {
                     });
                 }
             }
-            self.engine.step(&mut rows)?;
+            self.engine.step_ahead(&mut rows, &mut Probes::default())?;
         }
     }
 }

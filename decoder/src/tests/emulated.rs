@@ -32,9 +32,12 @@ fn answers_are_those_of_the_cpu_also_where_sequences_are_preempted() -> anyhow::
         // Room for all, and for two at most.
         for cache_tokens in [4096, 64] {
             let mut engine = emulated(&model, cache_tokens)?;
-            for strategy in [Strategy::Continuous, Strategy::SeqSch] {
-                let (got, _) = run(&mut engine, &requests, |_| 2, &config(strategy))?;
-                assert_eq!(got, want, "{strategy:?}, {cache_tokens} tokens of cache");
+            // Batches that wait for their longest, and such that stop at what was predicted and go on later.
+            let stopping = config(Strategy::SeqSch).with(true, true);
+            for config in [config(Strategy::Continuous), config(Strategy::SeqSch), stopping] {
+                let (got, _) = run(&mut engine, &requests, |_| 2, &config)?;
+                assert_eq!(got, want, "{config:?}, {cache_tokens} tokens of cache");
+                assert_eq!(engine.cache.free_tokens(), engine.cache_tokens(), "blocks were lost");
             }
         }
     }
@@ -44,23 +47,20 @@ fn answers_are_those_of_the_cpu_also_where_sequences_are_preempted() -> anyhow::
 #[test]
 fn an_end_is_seen_one_pass_late_and_a_known_one_costs_no_pass() -> anyhow::Result<()> {
     let model = model()?;
-    let requests = &short_requests(0.0)[2..3];
-    let (_, stats) = run(
-        &mut emulated(&model, 256)?,
-        requests,
-        |_| 9,
-        &config(Strategy::Continuous),
-    )?;
-    assert_eq!((stats.steps, stats.useful_tokens), (9, 9), "its length is recorded");
-    let mut requests = short_requests(0.0);
-    requests.remove(2);
-    for request in &requests {
-        let one = std::slice::from_ref(request);
-        let (answers, stats) = run(&mut emulated(&model, 256)?, one, |_| 9, &config(Strategy::Continuous))?;
-        let (tokens, finish) = &answers[&request.id];
-        let late = u64::from(*finish == FinishReason::Stop && tokens.len() < 14);
-        // The first token comes with the prompt, which is one pass of at most 32 tokens.
-        assert_eq!(stats.steps, tokens.len() as u64 + late, "{}", request.id);
+    for strategy in [Strategy::Continuous, Strategy::Vanilla] {
+        let requests = &short_requests(0.0)[2..3];
+        let (_, stats) = run(&mut emulated(&model, 256)?, requests, |_| 9, &config(strategy))?;
+        assert_eq!((stats.steps, stats.useful_tokens), (9, 9), "its length is recorded");
+        let mut requests = short_requests(0.0);
+        requests.remove(2);
+        for request in &requests {
+            let one = std::slice::from_ref(request);
+            let (answers, stats) = run(&mut emulated(&model, 256)?, one, |_| 9, &config(strategy))?;
+            let (tokens, finish) = &answers[&request.id];
+            let late = u64::from(*finish == FinishReason::Stop && tokens.len() < 14);
+            // The first token comes with the prompt, which is one pass of at most 32 tokens.
+            assert_eq!(stats.steps, tokens.len() as u64 + late, "{strategy}, {}", request.id);
+        }
     }
     Ok(())
 }
@@ -70,7 +70,23 @@ fn a_cancelled_one_leaves_the_others_what_they_get_alone() -> anyhow::Result<()>
     let model = model()?;
     let requests = short_requests(1.2);
     let want = alone(&mut engine(&model, 4096)?, &requests)?;
-    let mut engine = emulated(&model, 4096)?;
+    for config in [
+        config(Strategy::Continuous),
+        config(Strategy::Vanilla),
+        config(Strategy::SeqSch).with(false, true),
+    ] {
+        cancel_most(&mut emulated(&model, 4096)?, &config, &requests, &want)?;
+    }
+    Ok(())
+}
+
+/// Cancels the first five at the first answer.
+fn cancel_most(
+    engine: &mut Engine,
+    config: &ScheduleConfig,
+    requests: &[SequenceRequest],
+    want: &Answers,
+) -> anyhow::Result<()> {
     let cancellation = Cancellation::new();
     let predicted = |request: &SequenceRequest| PredictedRequest {
         request: request.clone(),
@@ -85,16 +101,10 @@ fn a_cancelled_one_leaves_the_others_what_they_get_alone() -> anyhow::Result<()>
         Ok(())
     };
     let predicted = requests.iter().map(predicted).collect();
-    run_controlled(
-        &mut engine,
-        predicted,
-        &config(Strategy::Continuous),
-        &cancellation,
-        &mut sink,
-    )?;
+    run_controlled(engine, predicted, config, &cancellation, &mut sink)?;
     assert_eq!(engine.cache.free_tokens(), engine.cache_tokens(), "blocks were lost");
     let cancelled = requests.iter().take(5).map(|r| r.id.as_str());
-    assert!(check_answers(&answers, &want, cancelled) > 0);
+    assert!(check_answers(&answers, want, cancelled) > 0, "{config:?}");
     Ok(())
 }
 
