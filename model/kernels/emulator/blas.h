@@ -101,6 +101,8 @@ API cublasCreate_v2(void **handle) { return *handle = new Blas{}, BLAS_SUCCESS; 
 API cublasDestroy_v2(void *handle) { return delete static_cast<Blas *>(handle), BLAS_SUCCESS; }
 // A stream's change takes the workspace away.
 API cublasSetStream_v2(void *handle, void *stream) { return *static_cast<Blas *>(handle) = {stream, 0, 0}, BLAS_SUCCESS; }
+// Sums are in f32 here, whichever mode is asked for: 0 is the usual one, 16 allows no parts of sums in 16 bits.
+API cublasSetMathMode(void *, int mode) { return mode == 0 || mode == 16 ? BLAS_SUCCESS : BLAS_INVALID; }
 API cublasSetWorkspace_v2(void *handle, void *at, size_t bytes) {
     const Locked locked(mutex);
     Blas &blas = *static_cast<Blas *>(handle);

@@ -68,15 +68,21 @@ impl CudaGpu {
 
     /// A recording, or `None` where this GPU's driver makes none, with early launches or without.
     fn try_to_record(&self, launches: &mut dyn FnMut() -> Result<()>) -> Option<Graph> {
-        while !self.graphs.borrow().unrecordable {
-            match self.record(launches) {
-                Ok(graph) => return Some(graph),
-                Err(err) if self.launches_early.replace(false) => {
-                    tracing::warn!("kernels that begin early cannot be recorded on this GPU, so none does: {err}");
-                }
-                Err(err) => self.record_no_more(&err),
-            }
+        if self.graphs.borrow().unrecordable {
+            return None;
         }
+        let failed = match self.record(launches) {
+            Ok(graph) => return Some(graph),
+            Err(failed) => failed,
+        };
+        if self.launches_early.replace(false) {
+            if let Ok(graph) = self.record(launches) {
+                tracing::warn!("kernels that begin early cannot be recorded on this GPU, so none does: {failed}");
+                return Some(graph);
+            }
+            self.launches_early.set(true);
+        }
+        self.record_no_more(&failed);
         None
     }
 
