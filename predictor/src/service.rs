@@ -44,9 +44,10 @@ pub(crate) struct PredictorService {
 pub(crate) fn status(err: &PredictError) -> Status {
     let message = err.to_string();
     match err {
-        PredictError::EmptyPrompt | PredictError::PromptTooLong { .. } | PredictError::CapOutOfRange { .. } => {
-            Status::invalid_argument(message)
-        }
+        PredictError::EmptyPrompt
+        | PredictError::BadChat(_)
+        | PredictError::PromptTooLong { .. }
+        | PredictError::CapOutOfRange { .. } => Status::invalid_argument(message),
         PredictError::Overloaded { .. } => Status::resource_exhausted(message),
         PredictError::DeadlineExceeded => Status::deadline_exceeded(message),
         PredictError::ShuttingDown => Status::unavailable(message),

@@ -36,6 +36,10 @@ async fn what_the_caller_did_wrong_is_an_invalid_argument() -> Result<()> {
         role: "user".to_owned(),
         content: " ".to_owned(),
     };
+    let turn = |role: &str| v1::ChatMessage {
+        role: role.to_owned(),
+        content: "x".to_owned(),
+    };
     let wrong = [
         (ask("a", ""), "empty"),
         (ask("a", " \n"), "empty"),
@@ -55,6 +59,13 @@ async fn what_the_caller_did_wrong_is_an_invalid_argument() -> Result<()> {
             },
             "101, the server allows at most 100",
         ),
+        (
+            chat(vec![turn("robot")]),
+            "the role \"robot\", it must be system, user or assistant",
+        ),
+        (chat(vec![turn("")]), "the role \"\""),
+        (chat(vec![turn("user"), turn("User")]), "the role \"User\""),
+        (chat(vec![turn("system")]), "no message of the user"),
         (ask("a", "long"), "900 tokens, the model takes at most 512"),
     ];
     for (request, message) in wrong {
