@@ -5,6 +5,7 @@
 
 mod client;
 mod constant;
+mod count;
 mod fallback;
 mod head;
 mod llm;
