@@ -12,6 +12,7 @@ mod llm;
 mod measure;
 mod parse;
 mod queue;
+mod reason;
 mod server;
 mod service;
 mod stream;
