@@ -84,14 +84,14 @@ impl Prober for InPasses<'_> {
                     prompt: (*prompt).clone(),
                     max_new_tokens: self.cap,
                 };
-                predicted(self.head.tokens(&input), self.cap)
+                predicted(self.head.tokens(&input), id, self.cap)
             }
             Asked::Tokens(tokens) => Some([tokens, &self.adapter().config().invocation_tokens[..]].concat()),
         }
     }
 
     fn length(&self, id: &RequestId, hidden: &[f32]) -> Option<u32> {
-        let estimate = predicted(self.head.read(hidden), self.cap)?.capped(self.cap);
+        let estimate = predicted(self.head.read(hidden), id, self.cap)?.capped(self.cap);
         self.largest.borrow_mut().insert(id.clone(), estimate.max_tokens);
         Some(scheduled_length(&estimate, Strategy::Continuous, self.admit_quantile))
     }

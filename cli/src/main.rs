@@ -1,5 +1,6 @@
 //! The lengthwise command line: parse, run one command, print the error, set the exit code.
 
+mod address;
 mod args;
 mod commands;
 mod cost;

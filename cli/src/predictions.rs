@@ -139,17 +139,33 @@ pub fn look_up<T: Clone>(table: &HashMap<RequestId, T>, ids: &[RequestId], path:
     ids.iter().map(one).collect()
 }
 
-/// What was predicted; `None`, with a warning, where that failed.
-pub fn predicted<T>(result: Result<T, PredictError>, cap: u32) -> Option<T> {
+/// What was predicted of a request; `None`, with a warning that names it, where that failed.
+pub fn predicted<T>(result: Result<T, PredictError>, id: &RequestId, cap: u32) -> Option<T> {
     let warn = |err: &PredictError| {
-        tracing::warn!("a length could not be predicted ({err}); going on with the cap of {cap}");
+        tracing::warn!("request {id}: its length could not be predicted ({err}); going on with the cap of {cap}");
     };
     result.inspect_err(warn).ok()
 }
 
-/// Asks a predictor for every prompt. One that cannot be predicted gets the cap, with a warning.
-pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) -> anyhow::Result<Vec<LengthEstimate>> {
-    let mut estimates = Vec::with_capacity(prompts.len());
+/// Asks a predictor for every prompt. One that cannot be predicted gets the cap, with a warning that names its id.
+pub fn ask<'a>(
+    predictor: &mut dyn LengthPredictor,
+    prompts: &[Prompt],
+    ids: impl IntoIterator<Item = &'a RequestId>,
+    cap: u32,
+) -> anyhow::Result<Vec<LengthEstimate>> {
+    let results = ask_each(predictor, prompts, cap)?.into_iter().zip(ids);
+    let or_cap = |(result, id)| predicted(result, id, cap).unwrap_or(LengthEstimate::fallback(cap));
+    Ok(results.map(or_cap).collect())
+}
+
+/// Asks a predictor for every prompt. One that cannot be predicted fails alone.
+pub fn ask_each(
+    predictor: &mut dyn LengthPredictor,
+    prompts: &[Prompt],
+    cap: u32,
+) -> anyhow::Result<Vec<Result<LengthEstimate, PredictError>>> {
+    let mut results = Vec::with_capacity(prompts.len());
     let (began, mut bar) = (Instant::now(), None);
     for chunk in prompts.chunks(CHUNK) {
         let input = |prompt: &Prompt| PredictInput {
@@ -157,18 +173,16 @@ pub fn ask(predictor: &mut dyn LengthPredictor, prompts: &[Prompt], cap: u32) ->
             max_new_tokens: cap,
         };
         let inputs: Vec<PredictInput> = chunk.iter().map(input).collect();
-        let results = predictor.predict(&inputs)?.into_iter();
-        estimates.extend(results.map(|result| predicted(result, cap).unwrap_or(LengthEstimate::fallback(cap))));
+        results.extend(predictor.predict(&inputs)?);
         if began.elapsed() >= NO_BAR_FOR {
             let new = || Bar::new("predicting", prompts.len() as u64);
-            bar.get_or_insert_with(new)
-                .set(estimates.len() as u64, |_| String::new());
+            bar.get_or_insert_with(new).set(results.len() as u64, |_| String::new());
         }
     }
     if let Some(bar) = bar {
         bar.finish();
     }
-    Ok(estimates)
+    Ok(results)
 }
 
 /// True lengths disturbed by Laplace noise so that their mean absolute error is `mae`, never below 1 nor above `cap`.

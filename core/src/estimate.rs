@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::Prompt;
+use crate::{ChatError, Prompt};
 
 /// The length is at most `tokens` with this probability.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -96,6 +96,9 @@ pub enum PredictError {
     /// The prompt has no text.
     #[error("the prompt is empty")]
     EmptyPrompt,
+    /// The conversation has a role that is not known, or nothing from the user.
+    #[error(transparent)]
+    BadChat(#[from] ChatError),
     /// The prompt leaves no room in the model's context.
     #[error("prompt has {got} tokens, the model takes at most {max}")]
     PromptTooLong {

@@ -9,5 +9,5 @@ mod request;
 pub use decoder::{DecodeError, Decoder};
 pub use estimate::{LengthEstimate, LengthPredictor, PredictError, PredictInput, Quantile};
 pub use id::RequestId;
-pub use prompt::{ChatMessage, Prompt};
+pub use prompt::{ChatError, ChatMessage, Prompt};
 pub use request::{FinishReason, Request, Response, SamplingParams, bucket_up};

@@ -11,7 +11,35 @@ pub struct ChatMessage {
     pub content: String,
 }
 
+/// Why turns are no conversation that a model can be asked to go on with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ChatError {
+    /// A role that chat templates would leave out or take for another.
+    #[error("a message has the role {role:?}, it must be system, user or assistant")]
+    UnknownRole {
+        /// The role.
+        role: String,
+    },
+    /// Nothing is asked.
+    #[error("the conversation has no message of the user")]
+    NoUser,
+}
+
 impl ChatMessage {
+    /// A turn as it came from outside.
+    ///
+    /// # Errors
+    /// The role is not `system`, `user` or `assistant`.
+    pub fn new(role: &str, content: impl Into<String>) -> Result<Self, ChatError> {
+        if !matches!(role, "system" | "user" | "assistant") {
+            return Err(ChatError::UnknownRole { role: role.to_owned() });
+        }
+        Ok(Self {
+            role: role.to_owned(),
+            content: content.into(),
+        })
+    }
+
     /// A turn of the user.
     pub fn user(content: impl Into<String>) -> Self {
         Self {
@@ -39,6 +67,17 @@ pub enum Prompt {
 }
 
 impl Prompt {
+    /// A conversation as it came from outside.
+    ///
+    /// # Errors
+    /// The user says nothing in it.
+    pub fn chat(messages: Vec<ChatMessage>) -> Result<Self, ChatError> {
+        match messages.iter().any(|m| m.role == "user") {
+            true => Ok(Self::Chat(messages)),
+            false => Err(ChatError::NoUser),
+        }
+    }
+
     /// The prompt as turns of a conversation.
     pub fn messages(&self) -> Vec<ChatMessage> {
         match self {
@@ -88,6 +127,26 @@ mod tests {
         };
         assert_eq!(got[0].content, "a");
         assert_eq!(got[2].content, "c!");
+    }
+
+    #[test]
+    fn roles_that_no_template_knows_are_refused() {
+        for role in ["system", "user", "assistant"] {
+            assert_eq!(ChatMessage::new(role, "a").map(|m| m.role), Ok(role.to_owned()));
+        }
+        for role in ["robot", "", "User", "tool"] {
+            let err = ChatMessage::new(role, "a").expect_err(role).to_string();
+            assert!(err.contains(&format!("{role:?}")), "{err}");
+        }
+    }
+
+    #[test]
+    fn a_conversation_needs_the_user() {
+        let system = ChatMessage::new("system", "be brief").expect("a known role");
+        for messages in [vec![], vec![system.clone()], vec![ChatMessage::assistant("a")]] {
+            assert_eq!(Prompt::chat(messages), Err(ChatError::NoUser));
+        }
+        Prompt::chat(vec![system, ChatMessage::user("a")]).expect("a conversation");
     }
 
     #[test]

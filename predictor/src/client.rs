@@ -8,9 +8,10 @@ use lengthwise_core::{LengthEstimate, LengthPredictor, PredictError, PredictInpu
 use lengthwise_proto::v1;
 use lengthwise_proto::v1::length_predictor_client::LengthPredictorClient;
 use tokio::runtime::Runtime;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
+use crate::reason::{causes, endpoint, no_connection, reason, remote};
 use crate::wire;
 
 /// Most requests in one call.
@@ -42,30 +43,22 @@ impl RemotePredictor {
     /// # Errors
     /// The address is malformed, or no length predictor answers there.
     pub fn connect(url: &str) -> Result<Self, PredictError> {
-        let failed = |err: &(dyn Error + 'static)| remote(url, causes(err));
-        let full = if url.contains("://") {
-            url.to_owned()
-        } else {
-            format!("http://{url}")
-        };
-        let endpoint = Endpoint::from_shared(full).map_err(|err| failed(&err))?;
-        let endpoint = endpoint.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
+        let endpoint = endpoint(url)?.connect_timeout(CONNECT_TIMEOUT).tcp_nodelay(true);
         let mut builder = tokio::runtime::Builder::new_multi_thread();
         let builder = builder.worker_threads(1).thread_name("predictor-client").enable_all();
-        let runtime = builder.build().map_err(|err| failed(&err))?;
+        let runtime = builder.build().map_err(|err| remote(url, causes(&err)))?;
         let connecting = async move {
-            let mut client = LengthPredictorClient::new(endpoint.connect().await?);
-            let mut call = Request::new(v1::GetModelInfoRequest {});
-            call.set_timeout(CONNECT_TIMEOUT);
-            let info = client.get_model_info(call).await?.into_inner();
-            Ok::<_, Box<dyn Error + Send + Sync>>((client, info))
+            let channel = endpoint.connect().await.map_err(|err| no_connection(&err))?;
+            let mut client = LengthPredictorClient::new(channel);
+            let call = timed(v1::GetModelInfoRequest {}, CONNECT_TIMEOUT);
+            let info = client.get_model_info(call).await.map_err(|status| reason(&status))?;
+            Ok::<_, String>((client, info.into_inner()))
         };
-        let connected = wait(&runtime, connecting);
-        let (client, info) = match connected {
+        let (client, info) = match wait(&runtime, connecting) {
             Some(Ok(connected)) => connected,
-            Some(Err(err)) => {
+            Some(Err(reason)) => {
                 runtime.shutdown_background();
-                return Err(failed(&*err));
+                return Err(remote(url, reason));
             }
             None => return Err(remote(url, "the connection was dropped".to_owned())),
         };
@@ -99,8 +92,8 @@ impl RemotePredictor {
         result.unwrap_or_else(|| Err(Status::internal("the client's runtime has ended")))
     }
 
-    /// One call's answers; where the server refuses one of the requests, each is asked alone so that it fails alone.
-    /// The error is the reason.
+    /// One call's answers; where the server refuses one of the requests, each is asked alone so that it fails alone, be it
+    /// the only one. The error is the reason.
     fn call(&self, inputs: &[PredictInput]) -> Result<Vec<Result<LengthEstimate, PredictError>>, String> {
         let max = self.info.max_new_tokens;
         let requests: Vec<_> = inputs
@@ -125,7 +118,7 @@ impl RemotePredictor {
                     .collect())
             }
             Ok(reply) => Err(format!("{} answers to {} prompts", reply.responses.len(), inputs.len())),
-            Err(status) if status.code() == Code::InvalidArgument && inputs.len() > 1 => Ok(inputs
+            Err(status) if status.code() == Code::InvalidArgument => Ok(inputs
                 .iter()
                 .zip(requests)
                 .map(|(input, request)| self.one(input, request))
@@ -220,32 +213,4 @@ fn wait<T: Send + 'static>(runtime: &Runtime, future: impl Future<Output = T> + 
     let (sender, receiver) = std::sync::mpsc::sync_channel(1);
     runtime.spawn(async move { sender.send(future.await) });
     receiver.recv().ok()
-}
-
-fn remote(url: &str, reason: String) -> PredictError {
-    PredictError::Remote {
-        endpoint: url.to_owned(),
-        reason,
-    }
-}
-
-fn reason(status: &Status) -> String {
-    match status.source() {
-        Some(source) => format!("{:?}: {}", status.code(), causes(source)),
-        None => format!("{:?}: {}", status.code(), status.message()),
-    }
-}
-
-/// An error and its causes, each said once: "transport error: tcp connect error: connection refused".
-fn causes(err: &(dyn Error + 'static)) -> String {
-    let mut text = err.to_string();
-    let mut next = err.source();
-    while let Some(cause) = next {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text = format!("{text}: {cause_text}");
-        }
-        next = cause.source();
-    }
-    text
 }

@@ -5,12 +5,15 @@
 
 mod client;
 mod constant;
+mod count;
 mod fallback;
 mod head;
 mod llm;
 mod measure;
 mod parse;
 mod queue;
+mod reason;
+mod refused;
 mod server;
 mod service;
 mod stream;
@@ -25,6 +28,6 @@ pub use head::HeadPredictor;
 pub use llm::{LlmPredictor, Question};
 pub use parse::parse_length;
 pub use queue::{BatchingConfig, Pending, PredictQueue};
-pub use server::{PredictorServer, ServeError};
+pub use server::{PredictorServer, SHUTDOWN_GRACE, ServeError};
 pub use service::{MAX_BATCH_REQUESTS, ServerInfo};
 pub use table::TablePredictor;

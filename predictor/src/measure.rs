@@ -4,6 +4,26 @@ use std::time::Instant;
 
 use tonic::Code;
 
+/// Says of every metric what it counts.
+pub(crate) fn describe() {
+    use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+    describe_counter!(
+        "lengthwise_predict_requests_total",
+        "Predictions asked for, by the gRPC code of the answer"
+    );
+    describe_counter!(
+        "lengthwise_predict_fallback_total",
+        "Predictions for which the fallback stood in, since the model's answer was no number"
+    );
+    describe_gauge!("lengthwise_queue_depth", "Requests that wait for the model");
+    describe_histogram!(
+        "lengthwise_predict_duration_seconds",
+        Unit::Seconds,
+        "Time from a request's arrival to its answer"
+    );
+    describe_histogram!("lengthwise_predict_batch_size", "Requests predicted together");
+}
+
 /// Predictions of one call, from its arrival. Counted when it is dropped, as `Cancelled` where the caller went away.
 pub(crate) struct Measured {
     began: Instant,

@@ -1,13 +1,14 @@
 //! The callers' end of the queue: requests from many tasks wait here for the one thread that owns the predictor.
 
 use std::num::NonZeroUsize;
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use lengthwise_core::{LengthEstimate, LengthPredictor, PredictError, PredictInput, Prompt};
 use tokio::sync::oneshot;
 
+use crate::count::{Count, Counted};
 use crate::worker::Worker;
 
 /// When the queue closes a batch, and how many may wait.
@@ -17,7 +18,8 @@ pub struct BatchingConfig {
     pub max_batch_requests: NonZeroUsize,
     /// Most prompt text in one batch, in tokens estimated at four bytes each; one longer request is a batch of its own.
     pub max_batch_tokens: usize,
-    /// Longest time that the oldest request of a batch waits for others. Those that wait already are taken at once.
+    /// Longest time that the oldest request of a batch waits for others, and no longer than half of the time to its
+    /// deadline. Those that wait already are taken at once.
     pub max_wait: Duration,
     /// Requests that may wait; beyond them callers are turned away.
     pub capacity: NonZeroUsize,
@@ -45,6 +47,9 @@ pub(crate) struct Job {
     pub reply: oneshot::Sender<Answer>,
 }
 
+/// A request in the queue, with the place it takes there.
+pub(crate) type Queued = (Counted, Job);
+
 impl Job {
     /// Tokens of the prompt, estimated: the queue has no tokenizer.
     pub fn tokens(&self) -> usize {
@@ -59,8 +64,11 @@ impl Job {
 /// The callers' end of the queue. The worker answers what was accepted, then ends, once every clone is dropped.
 #[derive(Clone)]
 pub struct PredictQueue {
-    sender: SyncSender<Job>,
+    /// Without a bound of its own, so that room is made as it fills.
+    sender: Sender<Queued>,
     capacity: usize,
+    waiting: Count,
+    unanswered: Count,
 }
 
 impl PredictQueue {
@@ -73,12 +81,23 @@ impl PredictQueue {
         config: BatchingConfig,
     ) -> Result<(Self, JoinHandle<()>), std::io::Error> {
         let capacity = config.capacity.get();
-        let (sender, receiver) = sync_channel(capacity);
+        let (sender, receiver) = channel();
         let worker = Worker::new(predictor, config, receiver);
         let thread = std::thread::Builder::new()
             .name("predictor".to_owned())
             .spawn(move || worker.run())?;
-        Ok((Self { sender, capacity }, thread))
+        let queue = Self {
+            sender,
+            capacity,
+            waiting: Count::default(),
+            unanswered: Count::default(),
+        };
+        Ok((queue, thread))
+    }
+
+    /// The requests accepted whose callers still wait, as they are counted at any time.
+    pub(crate) fn unanswered(&self) -> Count {
+        self.unanswered.clone()
     }
 
     /// Requests that may wait.
@@ -96,27 +115,31 @@ impl PredictQueue {
         if deadline.is_some_and(|deadline| deadline <= queued) {
             return Err(PredictError::DeadlineExceeded);
         }
+        let capacity = self.capacity;
+        let place = self
+            .waiting
+            .add(capacity)
+            .ok_or(PredictError::Overloaded { capacity })?;
         let (reply, answer) = oneshot::channel();
         // Counted before it is sent: the worker may take it at once.
         let depth = metrics::gauge!("lengthwise_queue_depth");
         depth.increment(1.0);
-        match self.sender.try_send(Job {
+        let job = Job {
             input,
             deadline,
             queued,
             reply,
-        }) {
-            Ok(()) => Ok(Pending { answer, deadline }),
-            Err(err) => {
-                depth.decrement(1.0);
-                Err(match err {
-                    TrySendError::Full(_) => PredictError::Overloaded {
-                        capacity: self.capacity,
-                    },
-                    TrySendError::Disconnected(_) => PredictError::ShuttingDown,
-                })
-            }
+        };
+        if self.sender.send((place, job)).is_err() {
+            depth.decrement(1.0);
+            return Err(PredictError::ShuttingDown);
         }
+        let unanswered = self.unanswered.add(usize::MAX);
+        Ok(Pending {
+            answer,
+            deadline,
+            _unanswered: unanswered,
+        })
     }
 
     /// [`submit`](Self::submit) and [`wait`](Pending::wait).
@@ -137,6 +160,7 @@ impl PredictQueue {
 pub struct Pending {
     answer: oneshot::Receiver<Answer>,
     deadline: Option<Instant>,
+    _unanswered: Option<Counted>,
 }
 
 impl Pending {

@@ -18,7 +18,7 @@ use crate::{PredictQueue, stream, wire};
 /// What is being served, as `GetModelInfo` tells it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ServerInfo {
-    /// Name or folder of the model.
+    /// Name or folder of the model; empty where the method has none.
     pub model: String,
     /// Folder of the adapter; empty where the method has none.
     pub adapter: String,
@@ -26,7 +26,7 @@ pub struct ServerInfo {
     pub method: String,
     /// Cap on an estimate, in tokens.
     pub max_new_tokens: u32,
-    /// Longest prompt accepted, in tokens.
+    /// Longest prompt accepted, in tokens; 0: any.
     pub max_prompt_tokens: u32,
 }
 
@@ -44,9 +44,10 @@ pub(crate) struct PredictorService {
 pub(crate) fn status(err: &PredictError) -> Status {
     let message = err.to_string();
     match err {
-        PredictError::EmptyPrompt | PredictError::PromptTooLong { .. } | PredictError::CapOutOfRange { .. } => {
-            Status::invalid_argument(message)
-        }
+        PredictError::EmptyPrompt
+        | PredictError::BadChat(_)
+        | PredictError::PromptTooLong { .. }
+        | PredictError::CapOutOfRange { .. } => Status::invalid_argument(message),
         PredictError::Overloaded { .. } => Status::resource_exhausted(message),
         PredictError::DeadlineExceeded => Status::deadline_exceeded(message),
         PredictError::ShuttingDown => Status::unavailable(message),
@@ -62,6 +63,20 @@ pub(crate) fn code<T>(result: &Result<T, Status>) -> Code {
 pub(crate) fn status_of(name: &str, err: &PredictError) -> Status {
     let status = status(err);
     Status::new(status.code(), format!("{name}: {}", status.message()))
+}
+
+/// A request by its place in a batch or a stream, from 0, and its id.
+pub(crate) fn name(place: usize, request: &v1::PredictRequest) -> String {
+    format!("request {place} (id {:?})", request.request_id)
+}
+
+/// What tonic says of a message that it does not read: one above its limit of bytes is `OUT_OF_RANGE` there, which callers
+/// take for the end of a file. It is too long a prompt, whatever is tried again.
+pub(crate) fn refusal(status: Status) -> Status {
+    match status.code() {
+        Code::OutOfRange => Status::invalid_argument(status.message()),
+        _ => status,
+    }
 }
 
 impl PredictorService {
@@ -88,7 +103,6 @@ impl PredictorService {
         requests: Vec<v1::PredictRequest>,
         deadline: Option<Instant>,
     ) -> Result<Vec<v1::PredictResponse>, Status> {
-        let name = |i: usize, request: &v1::PredictRequest| format!("request {i} (id {:?})", request.request_id);
         // What is refused is refused before any of the work is done.
         for (i, request) in requests.iter().enumerate() {
             let checked = wire::input(request, self.info.max_new_tokens);

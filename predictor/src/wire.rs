@@ -34,11 +34,11 @@ pub(crate) fn input(request: &v1::PredictRequest, max: u32) -> Result<PredictInp
         None => return Err(PredictError::EmptyPrompt),
         Some(Input::Instruction(text)) => Prompt::Instruction(text.clone()),
         Some(Input::Chat(chat)) => {
-            let turn = |m: &v1::ChatMessage| ChatMessage {
-                role: m.role.clone(),
-                content: m.content.clone(),
-            };
-            Prompt::Chat(chat.messages.iter().map(turn).collect())
+            let turn = |m: &v1::ChatMessage| ChatMessage::new(&m.role, m.content.as_str());
+            match chat.messages[..] {
+                [] => return Err(PredictError::EmptyPrompt),
+                _ => Prompt::chat(chat.messages.iter().map(turn).collect::<Result<_, _>>()?)?,
+            }
         }
     };
     if prompt.is_blank() {

@@ -8,18 +8,18 @@ use std::time::Instant;
 use lengthwise_core::{LengthPredictor, PredictError};
 
 use crate::BatchingConfig;
-use crate::queue::{Answer, Job};
+use crate::queue::{Answer, Job, Queued};
 
 pub(crate) struct Worker {
     predictor: Box<dyn LengthPredictor>,
     config: BatchingConfig,
-    receiver: Receiver<Job>,
+    receiver: Receiver<Queued>,
     /// Taken from the queue, but too large for the batch that was closed.
     next: Option<Job>,
 }
 
 impl Worker {
-    pub fn new(predictor: Box<dyn LengthPredictor>, config: BatchingConfig, receiver: Receiver<Job>) -> Self {
+    pub fn new(predictor: Box<dyn LengthPredictor>, config: BatchingConfig, receiver: Receiver<Queued>) -> Self {
         Self {
             predictor,
             config,
@@ -39,7 +39,7 @@ impl Worker {
     /// The next job that somebody waits for; without `until` it is waited for as long as callers remain.
     fn receive(&self, until: Option<Instant>) -> Option<Job> {
         loop {
-            let job = match until {
+            let (place, job) = match until {
                 None => self.receiver.recv().ok(),
                 // A job that waits already is taken whatever the time is.
                 Some(until) => self
@@ -47,6 +47,7 @@ impl Worker {
                     .recv_timeout(until.saturating_duration_since(Instant::now()))
                     .ok(),
             }?;
+            drop(place);
             metrics::gauge!("lengthwise_queue_depth").decrement(1.0);
             if let Some(job) = wanted(job) {
                 return Some(job);
@@ -55,19 +56,28 @@ impl Worker {
     }
 
     fn fill(&mut self, first: Job) -> Vec<Job> {
-        let closes = first.queued + self.config.max_wait;
+        let mut closes = self.closes(&first);
         let mut tokens = first.tokens();
         let mut batch = vec![first];
         while batch.len() < self.config.max_batch_requests.get() && tokens < self.config.max_batch_tokens {
-            let Some(job) = self.receive(Some(closes)) else { break };
+            let Some(job) = self.receive(closes) else { break };
             tokens += job.tokens();
             if tokens > self.config.max_batch_tokens {
                 self.next = Some(job);
                 break;
             }
+            closes = [closes, self.closes(&job)].into_iter().flatten().min();
             batch.push(job);
         }
         batch
+    }
+
+    /// When a batch that holds `job` waits no longer: at the latest half way to the caller's deadline, so that the other
+    /// half is left for the work. `None` where that is beyond what a clock can say.
+    fn closes(&self, job: &Job) -> Option<Instant> {
+        let longest = job.queued.checked_add(self.config.max_wait);
+        let half = |deadline: Instant| job.queued + deadline.saturating_duration_since(job.queued) / 2;
+        [longest, job.deadline.map(half)].into_iter().flatten().min()
     }
 
     fn answer(&mut self, batch: Vec<Job>) {

@@ -75,5 +75,12 @@ async fn every_prediction_is_counted_by_its_code() -> Result<()> {
     assert_eq!(value("lengthwise_predict_batch_size_sum"), "4");
     assert_eq!(value("lengthwise_predict_fallback_total"), "1");
     assert_eq!(value("lengthwise_queue_depth"), "0");
+    let named = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    for name in named.filter_map(|line| line.split(' ').next()) {
+        assert!(
+            text.contains(&format!("# HELP {name} ")),
+            "{name} is not explained:\n{text}"
+        );
+    }
     Ok(())
 }

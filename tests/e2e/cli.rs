@@ -34,7 +34,7 @@ fn help_is_printed_on_standard_output_and_is_no_failure() -> Result<()> {
 
 #[test]
 fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
-    let cases: [(&[&str], &str); 15] = [
+    let cases: &[(&[&str], &str)] = &[
         (&["nonsense"], "nonsense"),
         (&["label", "--input", "x"], "--output"),
         (&["label", "--input", "x", "--output", "y", "--bucket", "0"], "--bucket"),
@@ -58,6 +58,13 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
         (&["predict", "--device", "gpu", "text"], "gpu"),
         (&["predict", "--dtype", "f8", "text"], "f8"),
         (&["predict", "--quantize", "q4_0", "text"], "q8_0"),
+        (&["serve", "--listen", "foo"], "host:port"),
+        (&["serve", "--metrics-listen", "127.0.0.1:99999"], "host:port"),
+        (&["serve", "--constant", "0"], "1..=4294967295"),
+        (&["serve", "--max-batch-tokens", "0"], "is not in 1.."),
+        (&["serve", "--queue-capacity", "0"], "--queue-capacity"),
+        (&["serve", "--max-wait-ms", "18446744073709551615"], "0..=60000"),
+        (&["eval", "--data", "x", "--constant", "0"], "1..=4294967295"),
         (&["profile", "--kv-cache-dtype", "q8_0"], "f16"),
         (&["profile", "--kv-cache-tokens", "18446744073709551615"], "2^40"),
         (&["profile", "--contexts", "0"], "--contexts"),

@@ -8,5 +8,6 @@ mod length_head;
 mod loading;
 mod pipeline;
 mod report;
+mod serving;
 mod signals;
 mod support;

@@ -162,6 +162,13 @@ pub fn succeed(args: &[&str]) -> Result<Run> {
 
 /// Waits until the server says where it listens.
 pub fn start_server(args: &[&str]) -> Result<(Child, String)> {
+    let (child, said) = start_server_that_says(args)?;
+    let address = said["listening"].as_str().context("there is an address")?;
+    Ok((child, format!("http://{address}")))
+}
+
+/// Waits until the server, with `--json`, says where it listens: `listening` and `metrics`.
+pub fn start_server_that_says(args: &[&str]) -> Result<(Child, Value)> {
     let mut child = Command::new(binary()?)
         .args(args)
         .stdout(Stdio::piped())
@@ -169,7 +176,6 @@ pub fn start_server(args: &[&str]) -> Result<(Child, String)> {
         .spawn()?;
     let mut line = String::new();
     BufReader::new(child.stdout.take().context("it is piped")?).read_line(&mut line)?;
-    let value: Value = serde_json::from_str(&line).with_context(|| format!("the server said \"{line}\""))?;
-    let address = value["listening"].as_str().context("there is an address")?;
-    Ok((child, format!("http://{address}")))
+    let said = serde_json::from_str(&line).with_context(|| format!("the server said \"{line}\""))?;
+    Ok((child, said))
 }

@@ -248,7 +248,7 @@ impl Demo<'_> {
         ] {
             let began = Instant::now();
             let predicted = match predicts {
-                true => ask(server.predictor(), &prompts, MAX_NEW_TOKENS)?
+                true => ask(server.predictor(), &prompts, test.iter().map(|p| &p.id), MAX_NEW_TOKENS)?
                     .iter()
                     .map(|e| scheduled_length(e, strategy, ADMIT_QUANTILE))
                     .collect(),

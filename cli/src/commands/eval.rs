@@ -5,14 +5,14 @@ use std::time::Instant;
 
 use anyhow::bail;
 use clap::{Args, ValueEnum};
-use lengthwise_core::{LengthPredictor, Prompt};
+use lengthwise_core::{LengthEstimate, LengthPredictor, Prompt};
 use lengthwise_predictor::{ConstantPredictor, Question, RemotePredictor};
 use lengthwise_train::files::{Pair, read_pairs};
 use lengthwise_train::{PredictorReport, PredictorRow, coverage_90, evaluate};
 
 use crate::args::{Global, QuantizeArgs};
 use crate::output::{print, print_json};
-use crate::predictions::{ask, local_predictor};
+use crate::predictions::{ask_each, local_predictor, predicted};
 use crate::table::Table;
 
 /// Flags of `eval`.
@@ -31,7 +31,7 @@ pub struct EvalArgs {
     #[arg(long, value_enum, value_delimiter = ',')]
     method: Vec<Method>,
     /// What `constant` says [default: the median of the data's lengths]
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     constant: Option<u32>,
     /// Cap on a prediction, in tokens
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
@@ -109,8 +109,11 @@ pub fn measure(
         .map(|p| Prompt::Instruction(p.instruction.clone()))
         .collect();
     let began = Instant::now();
-    let estimates = ask(predictor, &prompts, cap)?;
+    let results = ask_each(predictor, &prompts, cap)?;
     let ms = began.elapsed().as_secs_f64() * 1000.0 / pairs.len().max(1) as f64;
+    let refused = results.iter().filter(|result| result.is_err()).count();
+    let or_cap = |(result, pair): (_, &Pair)| predicted(result, &pair.id, cap).unwrap_or(LengthEstimate::fallback(cap));
+    let estimates: Vec<LengthEstimate> = results.into_iter().zip(pairs).map(or_cap).collect();
     let both: Vec<(u32, u32)> = estimates
         .iter()
         .zip(pairs)
@@ -131,12 +134,11 @@ pub fn measure(
         ms_per_prediction: Some(ms),
         ..evaluate(name, &both)
     };
-    let unparsed = estimates.iter().filter(|e| !e.parsed).count();
-    if unparsed > 0 {
-        tracing::info!(
-            "{name}: {unparsed} of {} answers were no number; {cap} stands in",
-            pairs.len()
-        );
+    let unparsed = estimates.iter().filter(|e| !e.parsed).count() - refused;
+    for (count, what) in [(unparsed, "answers were no number"), (refused, "prompts were refused")] {
+        if count > 0 {
+            tracing::info!("{name}: {count} of {} {what}; {cap} stands in", pairs.len());
+        }
     }
     Ok((row, both))
 }

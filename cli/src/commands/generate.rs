@@ -190,7 +190,8 @@ fn requests(
             // A run that was asked to end needs no more of them.
             for chunk in records.chunks(CHUNK).take_while(|_| !interrupt.is_asked()) {
                 let prompts: Vec<Prompt> = chunk.iter().map(|r| r.prompt.clone()).collect();
-                estimates.extend(ask(predictor.as_mut(), &prompts, cap)?);
+                let ids = chunk.iter().map(|r| &r.id);
+                estimates.extend(ask(predictor.as_mut(), &prompts, ids, cap)?);
             }
             estimates.resize(records.len(), LengthEstimate::of(cap));
             estimates

@@ -2,13 +2,15 @@
 
 use std::path::PathBuf;
 
+use anyhow::bail;
 use clap::Args;
 use lengthwise_core::{LengthEstimate, LengthPredictor, Prompt};
 use lengthwise_predictor::{Question, RemotePredictor};
+use serde::Serialize;
 
 use crate::args::{Global, QuantizeArgs};
 use crate::output::{print, print_json};
-use crate::predictions::{ask, local_predictor};
+use crate::predictions::{ask_each, local_predictor};
 use crate::table::Table;
 
 /// Flags of `predict`.
@@ -49,24 +51,48 @@ pub fn run(global: &Global, args: &PredictArgs) -> anyhow::Result<()> {
         }
     };
     let prompts: Vec<Prompt> = args.text.iter().cloned().map(Prompt::Instruction).collect();
-    let estimates = ask(predictor.as_mut(), &prompts, cap)?;
-    if global.json {
-        return print_json(&serde_json::json!({ "predictions": estimates }));
+    let results = ask_each(predictor.as_mut(), &prompts, cap)?;
+    let (mut predictions, mut refused) = (Vec::new(), Vec::new());
+    for (index, result) in results.into_iter().enumerate() {
+        match result {
+            Ok(estimate) => predictions.push(Prediction { index, estimate }),
+            Err(err) => refused.push(format!("text {} of {}: {err}", index + 1, args.text.len())),
+        }
     }
-    let mut table = Table {
-        header: vec!["instruction", "max tokens", "5 to 95 %", "parsed"],
-        rows: Vec::new(),
-    };
-    for (text, estimate) in args.text.iter().zip(&estimates) {
+    match global.json {
+        true => print_json(&serde_json::json!({ "predictions": predictions }))?,
+        false if predictions.is_empty() => {}
+        false => print(&table(&args.text, &predictions).text())?,
+    }
+    match refused.is_empty() {
+        true => Ok(()),
+        false => bail!("{}", refused.join("; ")),
+    }
+}
+
+/// The estimate of one text.
+#[derive(Serialize)]
+struct Prediction {
+    /// The text's place on the command line, from 0.
+    index: usize,
+    #[serde(flatten)]
+    estimate: LengthEstimate,
+}
+
+fn table(texts: &[String], predictions: &[Prediction]) -> Table {
+    let row = |Prediction { index, estimate }: &Prediction| {
         let parsed = if estimate.parsed { "yes" } else { "no" };
-        table.rows.push(vec![
-            text.replace('\n', " "),
+        vec![
+            texts[*index].replace('\n', " "),
             estimate.max_tokens.to_string(),
             interval(estimate),
             parsed.to_owned(),
-        ]);
+        ]
+    };
+    Table {
+        header: vec!["instruction", "max tokens", "5 to 95 %", "parsed"],
+        rows: predictions.iter().map(row).collect(),
     }
-    print(&table.text())
 }
 
 /// The middle 90 % of a predicted distribution.

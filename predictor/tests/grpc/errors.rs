@@ -36,6 +36,10 @@ async fn what_the_caller_did_wrong_is_an_invalid_argument() -> Result<()> {
         role: "user".to_owned(),
         content: " ".to_owned(),
     };
+    let turn = |role: &str| v1::ChatMessage {
+        role: role.to_owned(),
+        content: "x".to_owned(),
+    };
     let wrong = [
         (ask("a", ""), "empty"),
         (ask("a", " \n"), "empty"),
@@ -55,6 +59,13 @@ async fn what_the_caller_did_wrong_is_an_invalid_argument() -> Result<()> {
             },
             "101, the server allows at most 100",
         ),
+        (
+            chat(vec![turn("robot")]),
+            "the role \"robot\", it must be system, user or assistant",
+        ),
+        (chat(vec![turn("")]), "the role \"\""),
+        (chat(vec![turn("user"), turn("User")]), "the role \"User\""),
+        (chat(vec![turn("system")]), "no message of the user"),
         (ask("a", "long"), "900 tokens, the model takes at most 512"),
     ];
     for (request, message) in wrong {
@@ -108,24 +119,59 @@ async fn a_batch_fails_as_a_whole_and_names_the_request() -> Result<()> {
 }
 
 #[tokio::test]
-async fn a_failed_request_ends_its_stream_after_the_answers_before_it() -> Result<()> {
+async fn a_message_above_the_limit_of_bytes_is_an_invalid_argument() -> Result<()> {
     let server = Running::start(BatchingConfig::default()).await?;
-    let requests = vec![ask("a", "1"), ask("b", "22"), ask("c", ""), ask("d", "4444")];
-    let answers = server
-        .client()
-        .await?
-        .predict_stream(tokio_stream::iter(requests))
-        .await?
-        .into_inner();
-    let mut answers: Vec<_> = answers.collect().await;
-    told(
-        &answers.pop().unwrap().unwrap_err(),
-        Code::InvalidArgument,
-        &["\"c\"", "empty"],
-    );
-    let mut ids: Vec<_> = answers.into_iter().map(|answer| answer.unwrap().request_id).collect();
-    ids.sort();
-    assert!(ids.starts_with(&["a".to_owned(), "b".to_owned()]), "{ids:?}");
+    let mut client = server.client().await?;
+    let large = || ask("a", &"x".repeat(5 << 20));
+    let status = client.predict(large()).await.unwrap_err();
+    told(&status, Code::InvalidArgument, &["5242", "4194304 bytes"]);
+    let requests = vec![large()];
+    let status = client
+        .predict_batch(v1::PredictBatchRequest { requests })
+        .await
+        .unwrap_err();
+    told(&status, Code::InvalidArgument, &["4194304 bytes"]);
+    let stream = client
+        .predict_stream(tokio_stream::iter([ask("a", "1"), large()]))
+        .await?;
+    let mut answers: Vec<_> = stream.into_inner().collect().await;
+    let status = answers.pop().unwrap().unwrap_err();
+    told(&status, Code::InvalidArgument, &["request 1: ", "4194304 bytes"]);
+    assert_eq!(answers.len(), 1);
+    server.stop().await
+}
+
+/// What a stream of `requests` is answered: the ids, and the error at its end.
+async fn streamed(server: &Running, requests: Vec<v1::PredictRequest>) -> Result<(Vec<String>, Status)> {
+    let mut client = server.client().await?;
+    let stream = client.predict_stream(tokio_stream::iter(requests)).await?;
+    let mut answers: Vec<_> = stream.into_inner().collect().await;
+    let status = answers.pop().unwrap().unwrap_err();
+    let ids = answers.into_iter().map(|answer| answer.unwrap().request_id);
+    Ok((ids.collect(), status))
+}
+
+#[tokio::test]
+async fn a_refused_request_ends_its_stream_after_the_answers_before_it_and_those_alone() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    // Many times, since answers and requests are taken in an order of chance.
+    for _ in 0..50 {
+        let requests = vec![ask("a", "1"), ask("b", "22"), ask("c", ""), ask("d", "4444")];
+        let (mut ids, status) = streamed(&server, requests).await?;
+        told(&status, Code::InvalidArgument, &["request 2", "\"c\"", "empty"]);
+        ids.sort();
+        assert_eq!(ids, ["a", "b"]);
+    }
+    server.stop().await
+}
+
+#[tokio::test]
+async fn a_request_that_the_predictor_refuses_ends_its_stream_after_the_answers_before_it() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    let requests = vec![ask("a", "1"), ask("b", "long"), ask("c", "333")];
+    let (ids, status) = streamed(&server, requests).await?;
+    told(&status, Code::InvalidArgument, &["request 1", "\"b\"", "at most 512"]);
+    assert!(ids.contains(&"a".to_owned()), "{ids:?}");
     server.stop().await
 }
 

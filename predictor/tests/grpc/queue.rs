@@ -82,6 +82,41 @@ async fn an_idle_worker_waits_for_others_only_as_long_as_it_was_told() -> Result
 }
 
 #[tokio::test]
+async fn nobody_waits_for_others_beyond_half_of_the_time_to_a_deadline() -> Result<()> {
+    let config = BatchingConfig {
+        max_wait: Duration::MAX,
+        ..batching(3, 1000)
+    };
+    let control = Control::default();
+    let (queue, _worker) = PredictQueue::start(Box::new(Scripted(control.clone())), config)?;
+    let began = Instant::now();
+    let deadline = Some(began + Duration::from_secs(2));
+    // The first would wait for ever, but goes with the second.
+    let both = async {
+        tokio::join!(
+            queue.predict(instruction("1"), None),
+            queue.predict(instruction("22"), deadline)
+        )
+    };
+    let (first, second) = tokio::time::timeout(Duration::from_secs(20), both).await?;
+    assert_eq!((first?.max_tokens, second?.max_tokens), (1, 2));
+    assert!(began.elapsed() >= Duration::from_millis(900), "nothing was waited for");
+    assert_eq!(control.batches(), [["1", "22"]]);
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_queue_makes_room_as_it_fills() -> Result<()> {
+    let config = BatchingConfig {
+        capacity: NonZeroUsize::MAX,
+        ..BatchingConfig::default()
+    };
+    let (queue, _worker) = PredictQueue::start(Box::new(Scripted(Control::default())), config)?;
+    assert_eq!(queue.predict(instruction("1"), None).await?.max_tokens, 1);
+    Ok(())
+}
+
+#[tokio::test]
 async fn concurrent_calls_share_a_batch() -> Result<()> {
     let server = Running::start(BatchingConfig::default()).await?;
     let client = server.client().await?;

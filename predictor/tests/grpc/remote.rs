@@ -65,7 +65,22 @@ async fn a_prompt_that_is_refused_fails_alone() -> Result<()> {
         message.contains(&server.address.to_string()) && message.contains("at most 512"),
         "{message}"
     );
+    // The only one of its call fails alone as well, and in the same words.
+    let got = remote.predict(&[instruction("long")])?;
+    assert_eq!(got[0].as_ref().unwrap_err().to_string(), message);
     server.stop().await
+}
+
+#[test]
+fn a_port_where_nothing_speaks_is_given_up_in_plain_words() {
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", silent.local_addr().unwrap());
+    let message = RemotePredictor::connect(&url).err().unwrap().to_string();
+    assert!(
+        message.starts_with(&format!("predictor {url}: there was no answer in time")),
+        "{message}"
+    );
+    assert!(!message.contains("::") && !message.contains("(("), "{message}");
 }
 
 #[test]

@@ -2,15 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
+use std::time::Duration;
 
 use anyhow::Result;
 use lengthwise_predictor::BatchingConfig;
 use lengthwise_proto::v1;
+use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
-use tonic_reflection::pb::v1::ServerReflectionRequest;
-use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
-use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
-use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
+use tokio_stream::wrappers::ReceiverStream;
 
 use crate::support::{CAP, Running, ask};
 
@@ -127,24 +126,67 @@ async fn the_model_info_is_what_the_server_was_told() -> Result<()> {
 }
 
 #[tokio::test]
-async fn reflection_lists_the_services() -> Result<()> {
+async fn a_long_stream_of_small_requests_waits_for_the_model_and_leaves_its_connection_to_others() -> Result<()> {
     let server = Running::start(BatchingConfig::default()).await?;
-    let mut client = ServerReflectionClient::new(server.channel().await?);
-    let list = MessageRequest::ListServices(String::new());
-    let request = ServerReflectionRequest {
-        host: String::new(),
-        message_request: Some(list),
-    };
-    let mut answers = client
-        .server_reflection_info(tokio_stream::once(request))
-        .await?
-        .into_inner();
-    let answer = answers.message().await?.unwrap().message_response;
-    let Some(MessageResponse::ListServicesResponse(list)) = answer else {
-        panic!("{answer:?}")
-    };
-    let names: Vec<_> = list.service.iter().map(|service| service.name.as_str()).collect();
-    assert!(names.contains(&"lengthwise.v1.LengthPredictor"), "{names:?}");
-    assert!(names.contains(&"grpc.health.v1.Health"), "{names:?}");
+    let client = server.client().await?;
+    // One place, so that every request is a frame of its own.
+    let (requests, receiver) = mpsc::channel(1);
+    let sent = tokio::spawn(async move {
+        requests.send(ask("hold", "hold")).await?;
+        for i in 0..10_000 {
+            requests.send(ask(&i.to_string(), "x")).await?;
+        }
+        anyhow::Ok(())
+    });
+    let (mut one, mut other) = (client.clone(), client.clone());
+    let streaming = tokio::spawn(async move {
+        let stream = one.predict_stream(ReceiverStream::new(receiver)).await?.into_inner();
+        stream.collect::<Result<Vec<_>, _>>().await
+    });
+    server.control.begun(1).await;
+    // The model is busy, so that what can be sent ahead is.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    assert!(!sent.is_finished(), "nothing held the sender up");
+    let requests = vec![ask("b", "22"), ask("c", "333")];
+    let batch = tokio::spawn(async move { other.predict_batch(v1::PredictBatchRequest { requests }).await });
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    server.control.open();
+    assert_eq!(batch.await??.into_inner().responses.len(), 2);
+    let mut ids: Vec<String> = streaming.await??.into_iter().map(|r| r.request_id).collect();
+    ids.sort();
+    ids.dedup();
+    assert_eq!(ids.len(), 10_001);
+    sent.await??;
+    server.stop().await
+}
+
+/// The services that a reflection client of one version of the protocol is told of.
+macro_rules! reflected {
+    ($server:expr, $version:ident) => {{
+        use tonic_reflection::pb::$version::server_reflection_client::ServerReflectionClient;
+        use tonic_reflection::pb::$version::server_reflection_request::MessageRequest;
+        use tonic_reflection::pb::$version::server_reflection_response::MessageResponse;
+        let request = tonic_reflection::pb::$version::ServerReflectionRequest {
+            host: String::new(),
+            message_request: Some(MessageRequest::ListServices(String::new())),
+        };
+        let mut client = ServerReflectionClient::new($server.channel().await?);
+        let answers = client.server_reflection_info(tokio_stream::once(request)).await?;
+        let answer = answers.into_inner().message().await?.unwrap().message_response;
+        let Some(MessageResponse::ListServicesResponse(list)) = answer else {
+            panic!("{answer:?}")
+        };
+        list.service.into_iter().map(|service| service.name).collect::<Vec<_>>()
+    }};
+}
+
+#[tokio::test]
+async fn reflection_of_both_versions_lists_the_services() -> Result<()> {
+    let server = Running::start(BatchingConfig::default()).await?;
+    for names in [reflected!(server, v1), reflected!(server, v1alpha)] {
+        for name in ["lengthwise.v1.LengthPredictor", "grpc.health.v1.Health"] {
+            assert!(names.iter().any(|n| n == name), "{names:?}");
+        }
+    }
     server.stop().await
 }

@@ -112,17 +112,38 @@ async fn health_turns_from_serving_to_not_serving_and_does_not_keep_the_server()
 }
 
 #[tokio::test]
-async fn the_server_ends_after_its_grace_whatever_hangs() -> Result<()> {
+async fn the_server_ends_after_its_grace_and_tells_how_many_it_left_unanswered() -> Result<()> {
+    let bound = PredictorServer::bind("127.0.0.1:0")
+        .await?
+        .with_shutdown_grace(Duration::from_millis(100));
+    let server = Running::serve(bound, BatchingConfig::default());
+    let client = server.client().await?;
+    let control = server.control.clone();
+    let call = |text: &'static str| {
+        let mut client = client.clone();
+        tokio::spawn(async move { client.predict(ask("a", text)).await })
+    };
+    let held = [call("hold"), call("1"), call("22")];
+    control.begun(1).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let message = server.stop().await.unwrap_err().to_string();
+    assert!(message.starts_with("3 accepted requests were dropped"), "{message}");
+    assert!(message.contains("within 0.1 s"), "{message}");
+    held.iter().for_each(tokio::task::JoinHandle::abort);
+    control.open();
+    Ok(())
+}
+
+#[tokio::test]
+async fn an_idle_stream_is_left_after_the_grace_without_a_failure() -> Result<()> {
     let bound = PredictorServer::bind("127.0.0.1:0")
         .await?
         .with_shutdown_grace(Duration::from_millis(100));
     let server = Running::serve(bound, BatchingConfig::default());
     let mut client = server.client().await?;
-    let control = server.control.clone();
-    let held = tokio::spawn(async move { client.predict(ask("a", "hold")).await });
-    control.begun(1).await;
-    server.stop().await?;
-    held.abort();
-    control.open();
-    Ok(())
+    let (requests, receiver) = mpsc::channel(1);
+    requests.send(ask("a", "1")).await?;
+    let mut answers = client.predict_stream(ReceiverStream::new(receiver)).await?.into_inner();
+    assert_eq!(answers.message().await?.unwrap().max_tokens, 1);
+    server.stop().await
 }

@@ -68,7 +68,7 @@ pub(super) fn parse_batch(value: &Value) -> Result<InstructionRecord, String> {
     let body = parse_body(body).map_err(|reason| format!("body: {reason}"))?;
     Ok(InstructionRecord {
         id,
-        prompt: Prompt::Chat(body.messages.clone()),
+        prompt: Prompt::chat(body.messages.clone()).map_err(|err| format!("body: {err}"))?,
         batch: Some(body),
     })
 }
@@ -129,10 +129,7 @@ pub(super) fn message(value: &Value) -> Result<ChatMessage, String> {
         Value::Array(parts) => parts.iter().map(text_of).collect::<Result<String, _>>()?,
         _ => return Err(format!("a message from {role} has no \"content\"")),
     };
-    Ok(ChatMessage {
-        role: role.to_owned(),
-        content,
-    })
+    ChatMessage::new(role, content).map_err(|err| err.to_string())
 }
 
 fn text_of(part: &Value) -> Result<&str, String> {
@@ -190,6 +187,14 @@ mod tests {
         let image = json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]});
         let cases = [
             (image, "part of type \"image_url\""),
+            (
+                json!({"messages": [{"role": "tool", "content": "4"}]}),
+                "the role \"tool\", it must be system, user or assistant",
+            ),
+            (
+                json!({"messages": [{"role": "system", "content": "be brief"}]}),
+                "no message of the user",
+            ),
             (json!({"n": 2}), "n is 2"),
             (json!({"temperature": -1.0}), "temperature is -1"),
             (json!({"top_p": 0.0}), "top_p is 0"),

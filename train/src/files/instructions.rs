@@ -64,12 +64,12 @@ fn parse(record: &Record) -> Result<InstructionRecord, String> {
         _ => required_id(value)?,
     };
     let prompt = if let Some(turns) = value.get("conversations") {
-        Prompt::Chat(conversation(turns)?)
+        chat(conversation(turns)?)?
     } else if let Some(messages) = value.get("messages") {
         let messages = messages.as_array().ok_or("\"messages\" is not an array")?;
-        Prompt::Chat(before_the_answer(
+        chat(before_the_answer(
             messages.iter().map(message).collect::<Result<_, _>>()?,
-        ))
+        ))?
     } else {
         let text = value.get("instruction").ok_or("there is no \"instruction\"")?;
         let text = text.as_str().ok_or("\"instruction\" is not a text")?;
@@ -89,6 +89,10 @@ fn parse(record: &Record) -> Result<InstructionRecord, String> {
     })
 }
 
+fn chat(messages: Vec<ChatMessage>) -> Result<Prompt, String> {
+    Prompt::chat(messages).map_err(|err| err.to_string())
+}
+
 /// FastChat's turns, up to the last one of the model.
 fn conversation(turns: &Value) -> Result<Vec<ChatMessage>, String> {
     let turns = turns.as_array().ok_or("\"conversations\" is not an array")?;
@@ -101,10 +105,7 @@ fn conversation(turns: &Value) -> Result<Vec<ChatMessage>, String> {
             None => return Err("a turn has no \"from\"".to_owned()),
         };
         let content = turn["value"].as_str().ok_or("a turn has no \"value\"")?.to_owned();
-        Ok(ChatMessage {
-            role: role.to_owned(),
-            content,
-        })
+        ChatMessage::new(role, content).map_err(|err| err.to_string())
     };
     Ok(before_the_answer(
         turns.iter().map(message).collect::<Result<_, String>>()?,
@@ -165,7 +166,7 @@ mod tests {
             ),
             (
                 format!("{good}{{\"id\": \"b\", \"conversations\": [{{\"from\": \"gpt\", \"value\": \"x\"}}]}}"),
-                "line 2: the instruction is empty",
+                "line 2: the conversation has no message of the user",
             ),
             (
                 format!("{good}{{\"id\": \"b\"}}"),

@@ -71,7 +71,8 @@ pub fn predict(
     let known = workload.largest.as_ref();
     let at_cap = || numbers(vec![cap; workload.sequences.len()]);
     if let (Some(predictor), Some(prompts)) = (predictor, &workload.prompts) {
-        return ask(predictor.as_mut(), prompts, cap);
+        let ids = workload.sequences.iter().map(|s| &s.id);
+        return ask(predictor.as_mut(), prompts, ids, cap);
     }
     match (strategy, args.noise_mae) {
         (Strategy::Vanilla, _) => return Ok(at_cap()),
