@@ -63,11 +63,23 @@ pub enum DecodeError {
     #[error("the model failed: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// An engine elsewhere did not answer as it should.
-    #[error("{endpoint}: {reason}")]
+    #[error("request {id}: {endpoint}: {reason}")]
     Endpoint {
-        /// Its address.
+        /// Whose answer.
+        id: RequestId,
+        /// The engine's address.
         endpoint: String,
         /// What went wrong.
+        reason: String,
+    },
+    /// An engine elsewhere will not run this request; it may well run others.
+    #[error("request {id}: {endpoint}: {reason}")]
+    Refused {
+        /// Whose request.
+        id: RequestId,
+        /// The engine's address.
+        endpoint: String,
+        /// What it said.
         reason: String,
     },
     /// The receiver of the responses gave up.
