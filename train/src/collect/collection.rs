@@ -8,6 +8,9 @@ use crate::files::{FileError, Journal, LengthRecord, Sample};
 
 use super::{CollectError, CollectJob, CollectProgress, CollectSummary};
 
+/// So many refusals without one answer are no fault of single instructions.
+const MOST_REFUSED: usize = 10;
+
 /// One sample that is wanted: of which instruction, and which of its samples.
 struct Wanted {
     instruction: usize,
@@ -27,6 +30,7 @@ pub(super) struct Collection<'a> {
     /// By request: what its response is. A request's id is never taken apart.
     wanted: HashMap<RequestId, Wanted>,
     too_long: BTreeSet<usize>,
+    refused: BTreeSet<usize>,
     resumed: usize,
     done: usize,
     tokens: u64,
@@ -48,6 +52,7 @@ impl<'a> Collection<'a> {
             open: HashMap::new(),
             wanted: HashMap::new(),
             too_long: BTreeSet::new(),
+            refused: BTreeSet::new(),
             resumed,
             done: resumed,
             tokens: 0,
@@ -59,7 +64,7 @@ impl<'a> Collection<'a> {
         self.wanted.clear();
         let mut requests = Vec::new();
         for instruction in 0..self.records.len() {
-            if self.records[instruction].is_some() || self.too_long.contains(&instruction) {
+            if self.records[instruction].is_some() || self.is_left_out(instruction) {
                 continue;
             }
             let samples = self.samples.len();
@@ -142,6 +147,35 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
+    /// The server will not run a request: its instruction is left out, as long as others are answered.
+    pub fn refused(&mut self, request: RequestId, endpoint: String, reason: String) -> Result<(), CollectError> {
+        let Some(&Wanted { instruction, .. }) = self.wanted.get(&request) else {
+            let id = request;
+            return Err(DecodeError::Refused { id, endpoint, reason }.into());
+        };
+        let id = self.job.instructions[instruction].id.clone();
+        tracing::warn!("instruction {id} is left out: {endpoint}: {reason}");
+        self.refused.insert(instruction);
+        self.open.remove(&instruction);
+        let refused = self.refused.len();
+        if self.done == 0 && refused >= MOST_REFUSED.min(self.records.len()) {
+            return Err(CollectError::AllRefused { refused, id, reason });
+        }
+        Ok(())
+    }
+
+    /// The instruction that a request samples.
+    pub fn instruction_of(&self, request: RequestId) -> RequestId {
+        match self.wanted.get(&request) {
+            Some(wanted) => self.job.instructions[wanted.instruction].id.clone(),
+            None => request,
+        }
+    }
+
+    fn is_left_out(&self, instruction: usize) -> bool {
+        self.too_long.contains(&instruction) || self.refused.contains(&instruction)
+    }
+
     pub fn progress(&self) -> CollectProgress {
         CollectProgress {
             done: self.done,
@@ -153,8 +187,8 @@ impl<'a> Collection<'a> {
     /// Writes the output, if nothing is missing.
     pub fn finish(self) -> Result<CollectSummary, CollectError> {
         let id = |place: usize| self.job.instructions[place].id.clone();
-        if let Some(place) = (0..self.records.len()).find(|i| self.records[*i].is_none() && !self.too_long.contains(i))
-        {
+        let missing = |place: &usize| self.records[*place].is_none() && !self.is_left_out(*place);
+        if let Some(place) = (0..self.records.len()).find(missing) {
             return Err(CollectError::Unanswered {
                 id: id(place),
                 got: self
@@ -164,7 +198,8 @@ impl<'a> Collection<'a> {
                 wanted: self.samples.len(),
             });
         }
-        let too_long = self.too_long.iter().map(|&place| id(place)).collect();
+        let ids = |places: &BTreeSet<usize>| places.iter().map(|&place| id(place)).collect();
+        let (too_long, refused) = (ids(&self.too_long), ids(&self.refused));
         let records: Vec<LengthRecord> = self.records.into_iter().flatten().collect();
         let text: String = records.iter().map(|r| line(r) + "\n").collect();
         self.journal.finish(&text)?;
@@ -172,6 +207,7 @@ impl<'a> Collection<'a> {
             records,
             resumed: self.resumed,
             too_long,
+            refused,
             tokens: self.tokens,
         })
     }

@@ -30,7 +30,7 @@ pub struct EndpointConfig {
 }
 
 impl EndpointConfig {
-    /// Eight requests at once, six tries, ten minutes each.
+    /// Eight requests at once, six tries, three minutes each.
     pub fn new(url: impl Into<String>, model: impl Into<String>) -> Self {
         Self {
             url: url.into(),
@@ -38,7 +38,7 @@ impl EndpointConfig {
             api_key: None,
             concurrency: 8,
             max_attempts: 6,
-            timeout: Duration::from_secs(600),
+            timeout: Duration::from_secs(180),
         }
     }
 
@@ -90,7 +90,11 @@ impl EndpointDecoder {
         for attempt in 1.. {
             let (reason, asked) = match self.attempt(request) {
                 Ok(response) => return Some(Ok(response)),
-                Err(Failure::Final(reason)) => return Some(Err(self.failed(reason))),
+                Err(Failure::Final(reason)) => return Some(Err(self.failed(request, reason))),
+                Err(Failure::Refused(reason)) => {
+                    let (id, endpoint) = (request.id.clone(), self.url.clone());
+                    return Some(Err(DecodeError::Refused { id, endpoint, reason }));
+                }
                 Err(Failure::TooLong { got, max }) => {
                     let id = request.id.clone();
                     return Some(Err(DecodeError::PromptTooLong { id, got, max }));
@@ -98,12 +102,18 @@ impl EndpointDecoder {
                 Err(Failure::Passing { reason, retry_after }) => (reason, retry_after),
             };
             if attempt >= self.config.max_attempts {
-                return Some(Err(self.failed(format!("{reason} (gave up after {attempt} tries)"))));
+                let reason = format!("{reason} (gave up after {attempt} tries)");
+                return Some(Err(self.failed(request, reason)));
             }
             // Half of the wait is chance, so that the requests do not all come back at once.
             let chosen = backoff.mul_f64(rand::random_range(0.5..1.0));
             let wait = asked.map_or(chosen, |asked| asked.min(LONGEST_RETRY_AFTER));
-            tracing::debug!("{}: {reason}; trying again in {wait:?}", self.url);
+            tracing::warn!(
+                "request {}: {}: {reason}; trying again in {:.1} s",
+                request.id,
+                self.url,
+                wait.as_secs_f64()
+            );
             if work.stopped_within(wait) {
                 return None;
             }
@@ -112,8 +122,9 @@ impl EndpointDecoder {
         None
     }
 
-    fn failed(&self, reason: String) -> DecodeError {
+    fn failed(&self, request: &Request, reason: String) -> DecodeError {
         DecodeError::Endpoint {
+            id: request.id.clone(),
             endpoint: self.url.clone(),
             reason,
         }
