@@ -60,7 +60,9 @@ mod tests {
     fn a_file_that_cannot_be_written_is_named() -> anyhow::Result<()> {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("missing/x.safetensors");
-        let err = save_tensors(&tensors()?, &path).expect_err("no such folder").to_string();
+        let err = save_tensors(&tensors()?, &path)
+            .expect_err("no such folder")
+            .to_string();
         assert!(err.starts_with(&path.display().to_string()), "{err}");
         Ok(())
     }

@@ -209,7 +209,9 @@ mod tests {
     fn modules_are_named_as_in_peft() {
         let got: TargetModules = "v_proj, q_proj,q_proj".parse().expect("two known names");
         assert_eq!(got, TargetModules::default());
-        let mixed = "q_proj,all-linear".parse::<TargetModules>().expect_err("one or the other");
+        let mixed = "q_proj,all-linear"
+            .parse::<TargetModules>()
+            .expect_err("one or the other");
         assert!(mixed.contains("give it alone"), "{mixed}");
         let err = "qproj".parse::<TargetModules>().expect_err("unknown");
         assert!(err.contains("q_proj, k_proj"), "{err}");
