@@ -11,6 +11,7 @@ mod inputs;
 mod interrupt;
 mod logging;
 mod output;
+mod parse;
 mod predictions;
 mod progress;
 mod report;

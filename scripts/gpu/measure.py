@@ -62,7 +62,8 @@ def parts(args: argparse.Namespace) -> list[Part]:
     # As long prompts and answers in the order of arrival, predicted in the passes that answer them and not predicted.
     in_order = [*continuous(most, many), "--order", "fcfs"]
     train = [lengthwise, "train", *common, "--dtype", dtype, "--data", str(pairs), "--output", str(adapter)]
-    train += ["--objective", "head", "--alora"]
+    # --resume: one that an earlier run of this script made serves again.
+    train += ["--objective", "head", "--alora", "--resume"]
     evaluate = [lengthwise, "eval", *common, "--adapter", str(adapter), "--data"]
     trained = [python, str(HERE.parent / "bench_train.py"), str(TINY.parent if args.dry else args.models)]
     trained += ["--lengthwise", lengthwise, "--models-used", "tiny" if args.dry else "7b", "--device", device]
