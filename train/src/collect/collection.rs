@@ -124,6 +124,7 @@ impl<'a> Collection<'a> {
         let record = LengthRecord {
             id: source.id.clone(),
             instruction: Some(source.instruction().to_owned()),
+            messages: source.conversation().to_vec(),
             samples,
         };
         self.journal.push(&line(&record))?;
@@ -225,7 +226,10 @@ fn finished(job: &CollectJob, lines: &[String]) -> Result<Vec<Option<LengthRecor
             line: index + 2,
         };
         let record: LengthRecord = serde_json::from_str(line).map_err(damaged)?;
-        let same = |place: &usize| record.instruction.as_deref() == Some(job.instructions[*place].instruction());
+        let same = |place: &usize| {
+            let source = &job.instructions[*place];
+            record.instruction.as_deref() == Some(source.instruction()) && record.messages == source.conversation()
+        };
         let Some(place) = places.get(&record.id).copied().filter(same) else {
             return Err(CollectError::OtherInput {
                 journal: journal(),

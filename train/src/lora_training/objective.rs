@@ -73,7 +73,7 @@ impl TrainObjective {
     pub fn example(&self, pair: &Pair) -> TrainExample {
         TrainExample {
             id: pair.id.clone(),
-            prompt: Prompt::Instruction(format!("{}{}", pair.instruction, self.question())),
+            prompt: pair.prompt().with_suffix(self.question()),
             target: match self {
                 Self::Number => TrainTarget::Answer(pair.label.to_string()),
                 Self::Head(_) => TrainTarget::Lengths(pair.lengths.clone()),
