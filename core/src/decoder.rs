@@ -72,19 +72,26 @@ pub enum DecodeError {
         /// What went wrong.
         reason: String,
     },
-    /// An engine elsewhere will not run this request; it may well run others.
-    #[error("request {id}: {endpoint}: {reason}")]
+    /// An engine elsewhere will not run these requests; others were answered, or may be.
+    #[error("{endpoint}: {} requests were refused", refusals.len())]
     Refused {
-        /// Whose request.
-        id: RequestId,
         /// The engine's address.
         endpoint: String,
-        /// What it said.
-        reason: String,
+        /// Which and why.
+        refusals: Vec<Refusal>,
     },
     /// The receiver of the responses gave up.
     #[error("a response could not be stored: {0}")]
     Sink(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A request that an engine will not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Which.
+    pub id: RequestId,
+    /// What the engine said.
+    pub reason: String,
 }
 
 impl DecodeError {

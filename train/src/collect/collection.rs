@@ -2,14 +2,11 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use lengthwise_core::{DecodeError, Request, RequestId, Response, SamplingParams};
+use lengthwise_core::{DecodeError, Refusal, Request, RequestId, Response, SamplingParams};
 
 use crate::files::{FileError, Journal, LengthRecord, Sample};
 
 use super::{CollectError, CollectJob, CollectProgress, CollectSummary};
-
-/// So many refusals without one answer are no fault of single instructions.
-const MOST_REFUSED: usize = 10;
 
 /// One sample that is wanted: of which instruction, and which of its samples.
 struct Wanted {
@@ -148,19 +145,20 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
-    /// The server will not run a request: its instruction is left out, as long as others are answered.
-    pub fn refused(&mut self, request: RequestId, endpoint: String, reason: String) -> Result<(), CollectError> {
-        let Some(&Wanted { instruction, .. }) = self.wanted.get(&request) else {
-            let id = request;
-            return Err(DecodeError::Refused { id, endpoint, reason }.into());
-        };
-        let id = self.job.instructions[instruction].id.clone();
-        tracing::warn!("instruction {id} is left out: {endpoint}: {reason}");
-        self.refused.insert(instruction);
-        self.open.remove(&instruction);
-        let refused = self.refused.len();
-        if self.done == 0 && refused >= MOST_REFUSED.min(self.records.len()) {
-            return Err(CollectError::AllRefused { refused, id, reason });
+    /// The server will not run requests: their instructions are left out, as long as there are others.
+    pub fn refused(&mut self, refusals: Vec<Refusal>) -> Result<(), CollectError> {
+        for Refusal { id, reason } in refusals {
+            let Some(&Wanted { instruction, .. }) = self.wanted.get(&id) else {
+                continue;
+            };
+            let id = self.job.instructions[instruction].id.clone();
+            if self.refused.insert(instruction) {
+                tracing::warn!("instruction {id} is left out: {reason}");
+                self.open.remove(&instruction);
+            }
+            if self.refused.len() == self.records.len() {
+                return Err(CollectError::AllRefused { id, reason });
+            }
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ mod tests;
 use std::sync::{Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use lengthwise_core::{DecodeError, Decoder, Request, Response};
+use lengthwise_core::{DecodeError, Decoder, Refusal, Request, Response};
 use ureq::Agent;
 
 use exchange::Failure;
@@ -60,6 +60,15 @@ const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// So many refusals end a call, so that the caller hears of them before all requests were sent.
+const REFUSALS_TOLD: usize = 100;
+
+/// What came of a request.
+enum Answer {
+    Response(Response),
+    Refusal(Refusal),
+}
+
 /// Answers through an OpenAI-compatible server. The length of an answer is the server's `usage.completion_tokens`.
 #[derive(Debug)]
 pub struct EndpointDecoder {
@@ -85,15 +94,15 @@ impl EndpointDecoder {
     }
 
     /// Tries until there is an answer or no hope; `None` where the run was stopped between two tries.
-    fn answer(&self, request: &Request, work: &Work) -> Option<Result<Response, DecodeError>> {
+    fn answer(&self, request: &Request, work: &Work) -> Option<Result<Answer, DecodeError>> {
         let mut backoff = FIRST_BACKOFF;
         for attempt in 1.. {
             let (reason, asked) = match self.attempt(request) {
-                Ok(response) => return Some(Ok(response)),
+                Ok(response) => return Some(Ok(Answer::Response(response))),
                 Err(Failure::Final(reason)) => return Some(Err(self.failed(request, reason))),
                 Err(Failure::Refused(reason)) => {
-                    let (id, endpoint) = (request.id.clone(), self.url.clone());
-                    return Some(Err(DecodeError::Refused { id, endpoint, reason }));
+                    let id = request.id.clone();
+                    return Some(Ok(Answer::Refusal(Refusal { id, reason })));
                 }
                 Err(Failure::TooLong { got, max }) => {
                     let id = request.id.clone();
@@ -120,6 +129,40 @@ impl EndpointDecoder {
             backoff = (backoff * 2).min(LONGEST_BACKOFF);
         }
         None
+    }
+
+    /// Hands responses over as they come; a failure for good is what all ends with, else the refusals are.
+    fn receive(
+        &self,
+        answers: mpsc::Receiver<Result<Answer, DecodeError>>,
+        work: &Work,
+        on_response: &mut dyn FnMut(Response) -> Result<(), DecodeError>,
+    ) -> Result<(), DecodeError> {
+        let (mut outcome, mut refusals) = (Ok(()), Vec::new());
+        for answer in answers {
+            match answer {
+                Ok(Answer::Response(response)) => {
+                    if let Err(err) = on_response(response) {
+                        work.stop();
+                        return Err(err);
+                    }
+                }
+                Ok(Answer::Refusal(refusal)) => {
+                    refusals.push(refusal);
+                    if refusals.len() >= REFUSALS_TOLD {
+                        work.stop();
+                    }
+                }
+                Err(err) => outcome = outcome.and(Err(err)),
+            }
+        }
+        match refusals.is_empty() {
+            true => outcome,
+            false => outcome.and(Err(DecodeError::Refused {
+                endpoint: self.url.clone(),
+                refusals,
+            })),
+        }
     }
 
     fn failed(&self, request: &Request, reason: String) -> DecodeError {
@@ -159,7 +202,8 @@ impl Work {
 }
 
 impl Decoder for EndpointDecoder {
-    /// A request that fails for good stops the run; what other threads are being answered is handed over first.
+    /// A request that fails for good stops the run; what other threads are being answered is handed over first. Refused
+    /// requests are told at the end, or once there are many.
     fn decode(
         &mut self,
         requests: Vec<Request>,
@@ -188,19 +232,7 @@ impl Decoder for EndpointDecoder {
                 });
             }
             drop(sender);
-            let mut outcome = Ok(());
-            for answer in receiver {
-                match answer {
-                    Ok(response) => {
-                        if let Err(err) = on_response(response) {
-                            work.stop();
-                            return Err(err);
-                        }
-                    }
-                    Err(err) => outcome = outcome.and(Err(err)),
-                }
-            }
-            outcome
+            this.receive(receiver, work, on_response)
         })
     }
 }

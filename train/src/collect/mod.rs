@@ -112,11 +112,9 @@ pub enum CollectError {
         reason: String,
     },
     /// No instruction is accepted.
-    #[error("the server refused each of the first {refused} instructions, {id} for this reason: {reason}")]
+    #[error("the server refused every instruction, {id} for this reason: {reason}")]
     AllRefused {
-        /// How many were tried.
-        refused: usize,
-        /// The last of them.
+        /// One of them.
         id: RequestId,
         /// What the server said.
         reason: String,
@@ -209,7 +207,7 @@ impl CollectJob<'_> {
                 Ok(()) => return collection.finish(),
                 // Each round leaves one instruction out.
                 Err(DecodeError::PromptTooLong { id, got, max }) => collection.too_long(id, got, max)?,
-                Err(DecodeError::Refused { id, endpoint, reason }) => collection.refused(id, endpoint, reason)?,
+                Err(DecodeError::Refused { refusals, .. }) => collection.refused(refusals)?,
                 Err(DecodeError::Endpoint { id, endpoint, reason }) => {
                     let id = collection.instruction_of(id);
                     return Err(CollectError::Endpoint { id, endpoint, reason });

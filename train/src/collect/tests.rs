@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lengthwise_core::{DecodeError, Decoder, FinishReason, Prompt, Request, Response};
+use lengthwise_core::{DecodeError, Decoder, FinishReason, Prompt, Refusal, Request, Response};
 use proptest::prelude::*;
 
 use super::*;
@@ -48,14 +48,15 @@ impl Decoder for Seeded {
                 max: self.max_prompt,
             });
         }
+        let mut refusals = Vec::new();
         for request in requests.into_iter().rev().filter(|r| r.id.as_str() != self.loses) {
             let instruction = request.id.as_str().split('#').next().unwrap_or_default();
             if self.refuses.contains(&instruction) {
-                return Err(DecodeError::Refused {
-                    id: request.id.clone(),
-                    endpoint: "e".to_owned(),
+                refusals.push(Refusal {
+                    id: request.id,
                     reason: "no".to_owned(),
                 });
+                continue;
             }
             if self.left == 0 {
                 return Err(DecodeError::model("killed"));
@@ -68,7 +69,13 @@ impl Decoder for Seeded {
                 finish: FinishReason::Stop,
             })?;
         }
-        Ok(())
+        match refusals.is_empty() {
+            true => Ok(()),
+            false => Err(DecodeError::Refused {
+                endpoint: "e".to_owned(),
+                refusals,
+            }),
+        }
     }
 }
 
@@ -316,6 +323,7 @@ fn what_a_server_refuses_is_left_out_unless_it_refuses_everything() -> anyhow::R
     };
     let summary = job.run(&mut decoder, &mut |_| {})?;
     assert_eq!(summary.refused, ["1".into(), "3".into()]);
+    assert_eq!(decoder.calls, [15], "what is accepted is asked for once");
     let ids: Vec<_> = read_lengths(&output)?.into_iter().map(|record| record.id).collect();
     assert_eq!(ids, ["0".into(), "2".into(), "4".into()]);
     let none = dir.path().join("none.jsonl");
@@ -324,10 +332,31 @@ fn what_a_server_refuses_is_left_out_unless_it_refuses_everything() -> anyhow::R
         ..Seeded::new(usize::MAX)
     };
     let err = run(&mut decoder, &config, 5, &none).expect_err("nothing was accepted");
-    assert!(
-        err.starts_with("the server refused each of the first 5 instructions"),
-        "{err}"
-    );
+    assert!(err.starts_with("the server refused every instruction"), "{err}");
     assert!(!none.exists());
+    Ok(())
+}
+
+#[test]
+fn an_engines_failure_names_the_instruction() -> anyhow::Result<()> {
+    struct Failing;
+    impl Decoder for Failing {
+        fn decode(
+            &mut self,
+            requests: Vec<Request>,
+            _: &mut dyn FnMut(Response) -> Result<(), DecodeError>,
+        ) -> Result<(), DecodeError> {
+            Err(DecodeError::Endpoint {
+                id: requests[4].id.clone(),
+                endpoint: "e".to_owned(),
+                reason: "no key".to_owned(),
+            })
+        }
+    }
+    let dir = tempfile::tempdir()?;
+    let output = dir.path().join("out.jsonl");
+    // Three samples of each instruction.
+    let err = collect(&instructions(2), &mut Failing, &config(), &output, &mut |_| {}).expect_err("failed");
+    assert_eq!(err.to_string(), "instruction 1: e: no key");
     Ok(())
 }

@@ -136,7 +136,7 @@ mod tests {
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("pairs.jsonl");
         std::fs::write(&path, pair_line(&pair, PairFormat::Pairs))?;
-        assert_eq!(read_pairs(&path)?, [pair.clone()]);
+        assert_eq!(read_pairs(&path)?, std::slice::from_ref(&pair));
         let value: serde_json::Value = serde_json::from_str(&pair_line(&pair, PairFormat::Chat))?;
         assert_eq!(value["messages"][1]["content"], "b");
         let question = value["messages"][2]["content"].as_str().unwrap_or_default();
