@@ -40,27 +40,17 @@ pub struct Interrupt {
 }
 
 impl Interrupt {
-    /// Watches for signals on a thread of its own, to the end of the process.
+    /// Watches for signals to the end of the process.
     pub fn watch() -> anyhow::Result<Self> {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-        let mut signals = {
-            let _inside = runtime.enter();
-            StopSignals::new().context("signals cannot be watched for")?
-        };
         let (asked, cancellation) = (Arc::new(AtomicBool::new(false)), Cancellation::new());
         let watched = Self {
             asked: asked.clone(),
             cancellation: cancellation.clone(),
         };
-        let watch = async move {
-            signals.next().await;
+        at_first_signal(move || {
             asked.store(true, Ordering::SeqCst);
             cancellation.cancel_all();
-            signals.next().await;
-            std::process::exit(1)
-        };
-        let thread = std::thread::Builder::new().name("signals".to_owned());
-        thread.spawn(move || runtime.block_on(watch))?;
+        })?;
         Ok(watched)
     }
 
@@ -68,4 +58,30 @@ impl Interrupt {
     pub fn is_asked(&self) -> bool {
         self.asked.load(Ordering::SeqCst)
     }
+}
+
+/// For a job whose files are whole at any time: the first signal ends the process, in one line that says what is kept.
+pub fn end_saying(what_is_kept: String) -> anyhow::Result<()> {
+    at_first_signal(move || {
+        crate::logging::above_bars(|| eprintln!("error: stopped: {what_is_kept}"));
+        std::process::exit(1)
+    })
+}
+
+/// Watches on a thread of its own; the second signal ends the process.
+fn at_first_signal(act: impl FnOnce() + Send + 'static) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    let mut signals = {
+        let _inside = runtime.enter();
+        StopSignals::new().context("signals cannot be watched for")?
+    };
+    let watch = async move {
+        signals.next().await;
+        act();
+        signals.next().await;
+        std::process::exit(1)
+    };
+    let thread = std::thread::Builder::new().name("signals".to_owned());
+    thread.spawn(move || runtime.block_on(watch))?;
+    Ok(())
 }

@@ -1,15 +1,36 @@
-//! Flags that are numbers: what is out of range is refused before anything runs.
+//! Numbers of flags: what is out of range is wrong usage, said before anything is done.
 
-/// A finite number of at least 0.
-pub fn not_negative(text: &str) -> Result<f32, String> {
-    let number = text.parse::<f32>().ok().filter(|x| x.is_finite() && *x >= 0.0);
-    number.ok_or_else(|| "expected a number of at least 0".to_owned())
-}
+use std::str::FromStr;
 
 /// A number from 0 to 1.
-pub fn share(text: &str) -> Result<f32, String> {
-    let number = text.parse::<f32>().ok().filter(|x| (0.0..=1.0).contains(x));
-    number.ok_or_else(|| "expected a number from 0 to 1".to_owned())
+pub fn fraction<T: FromStr + Copy + Into<f64>>(text: &str) -> Result<T, String> {
+    number(text, |n| (0.0..=1.0).contains(&n), "a number from 0 to 1")
+}
+
+/// A number from 0 to below 1: a share that leaves something over.
+pub fn fraction_below_one(text: &str) -> Result<f64, String> {
+    number(text, |n| (0.0..1.0).contains(&n), "a number from 0 to below 1")
+}
+
+/// A number above 0.
+pub fn positive<T: FromStr + Copy + Into<f64>>(text: &str) -> Result<T, String> {
+    number(text, |n| n > 0.0, "a number above 0")
+}
+
+/// A number that is 0 or more.
+pub fn not_negative<T: FromStr + Copy + Into<f64>>(text: &str) -> Result<T, String> {
+    number(text, |n| n >= 0.0, "a number, 0 or more")
+}
+
+/// A finite number that `is_allowed`; what rounds to infinity in `T` is not finite.
+fn number<T: FromStr + Copy + Into<f64>>(
+    text: &str,
+    is_allowed: impl Fn(f64) -> bool,
+    expected: &str,
+) -> Result<T, String> {
+    let number = text.parse::<T>().ok();
+    let number = number.filter(|&n| n.into().is_finite() && is_allowed(n.into()));
+    number.ok_or_else(|| format!("expected {expected}"))
 }
 
 #[cfg(test)]
@@ -17,13 +38,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_in_range_alone_are_taken() {
-        assert_eq!(not_negative("0"), Ok(0.0));
-        assert_eq!(not_negative("1.5"), Ok(1.5));
-        assert_eq!(share("1"), Ok(1.0));
-        for wrong in ["", "x", "nan", "inf", "-0.1"] {
-            assert!(not_negative(wrong).is_err() && share(wrong).is_err(), "{wrong}");
+    fn numbers_stay_within_their_range() {
+        assert_eq!(fraction("1"), Ok(1f32));
+        assert_eq!(fraction_below_one("0.99"), Ok(0.99));
+        assert_eq!(positive::<f64>("2e-5"), Ok(2e-5));
+        assert_eq!(not_negative::<f32>("0"), Ok(0.0));
+        for text in ["nan", "inf", "-inf", "-1", "1e999", "", "x"] {
+            fraction::<f64>(text).expect_err(text);
+            fraction_below_one(text).expect_err(text);
+            positive::<f64>(text).expect_err(text);
+            not_negative::<f64>(text).expect_err(text);
         }
-        assert!(share("1.1").is_err());
+        fraction::<f64>("1.1").expect_err("above 1");
+        fraction_below_one("1").expect_err("1");
+        positive::<f64>("0").expect_err("0");
+        // Finite, and not so in 32 bits.
+        not_negative::<f32>("1e39").expect_err("too large");
     }
 }

@@ -63,16 +63,35 @@ pub enum DecodeError {
     #[error("the model failed: {0}")]
     Model(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// An engine elsewhere did not answer as it should.
-    #[error("{endpoint}: {reason}")]
+    #[error("request {id}: {endpoint}: {reason}")]
     Endpoint {
-        /// Its address.
+        /// Whose answer.
+        id: RequestId,
+        /// The engine's address.
         endpoint: String,
         /// What went wrong.
         reason: String,
     },
+    /// An engine elsewhere will not run these requests; others were answered, or may be.
+    #[error("{endpoint}: {} requests were refused", refusals.len())]
+    Refused {
+        /// The engine's address.
+        endpoint: String,
+        /// Which and why.
+        refusals: Vec<Refusal>,
+    },
     /// The receiver of the responses gave up.
     #[error("a response could not be stored: {0}")]
     Sink(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// A request that an engine will not run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// Which.
+    pub id: RequestId,
+    /// What the engine said.
+    pub reason: String,
 }
 
 impl DecodeError {

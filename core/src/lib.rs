@@ -6,7 +6,7 @@ mod id;
 mod prompt;
 mod request;
 
-pub use decoder::{DecodeError, Decoder};
+pub use decoder::{DecodeError, Decoder, Refusal};
 pub use estimate::{LengthEstimate, LengthPredictor, PredictError, PredictInput, Quantile};
 pub use id::RequestId;
 pub use prompt::{ChatError, ChatMessage, Prompt};

@@ -70,7 +70,7 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
         (&["profile", "--contexts", "0"], "--contexts"),
         (
             &["generate", "--input", "x", "--output", "y", "--temperature", "nan"],
-            "at least 0",
+            "0 or more",
         ),
         (
             &["generate", "--input", "x", "--output", "y", "--top-p", "2"],
@@ -93,6 +93,44 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
         );
         assert!(first.starts_with("error: "), "{args:?}: {}", got.stderr);
         assert!(got.stderr.contains(named), "{args:?}: {}", got.stderr);
+    }
+    Ok(())
+}
+
+#[test]
+fn a_number_out_of_range_is_wrong_usage() -> Result<()> {
+    let train = ["train", "--data", "x", "--output", "y"];
+    let collect = ["collect", "--input", "x", "--output", "y"];
+    let pretrain = ["pretrain", "--output", "y"];
+    let cases: [(&[&str], &str, &[&str]); 19] = [
+        (&train, "--lora-dropout", &["nan", "1", "-0.1", "inf"]),
+        (&train, "--learning-rate", &["-1", "nan", "0"]),
+        (&train, "--warmup-ratio", &["2", "-1", "nan"]),
+        (&train, "--max-grad-norm", &["-1", "nan"]),
+        (&train, "--weight-decay", &["-1", "nan"]),
+        (&train, "--lora-alpha", &["0", "-4", "nan", "inf"]),
+        (&train, "--calibration-share", &["1", "nan"]),
+        (&train, "--smoothing", &["-1", "nan"]),
+        (&train, "--max-steps", &["0"]),
+        (&train, "--lora-r", &["0"]),
+        (&train, "--batch-size", &["0"]),
+        (&train, "--epochs", &["0"]),
+        (&train, "--save-steps", &["0"]),
+        (&pretrain, "--steps", &["0"]),
+        (&pretrain, "--batch-tokens", &["0"]),
+        (&collect, "--concurrency", &["0"]),
+        (&collect, "--temperatures", &["nan", "-1", "inf", "0,-1"]),
+        (&collect, "--samples-per-temperature", &["0", "4294967295"]),
+        (&["demo"], "--epochs", &["0"]),
+    ];
+    for (command, flag, values) in cases {
+        for value in values {
+            let flag_and_value = format!("{flag}={value}");
+            let args: Vec<&str> = command.iter().copied().chain([flag_and_value.as_str()]).collect();
+            let got = run(&args)?;
+            assert_eq!(got.code, Some(2), "{args:?}: {}", got.stderr);
+            assert!(got.stderr.contains(flag), "{args:?}: {}", got.stderr);
+        }
     }
     Ok(())
 }

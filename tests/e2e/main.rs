@@ -6,6 +6,7 @@ mod cli;
 mod hub;
 mod length_head;
 mod loading;
+mod outputs;
 mod pipeline;
 mod report;
 mod serving;

@@ -1,4 +1,4 @@
-//! `generate` is asked to end by a signal, and goes on with the same command.
+//! Long jobs are asked to end by a signal, and go on with the same command.
 
 use std::fs;
 use std::path::Path;
@@ -117,5 +117,64 @@ fn sigterm_ends_static_batches_in_good_order() -> Result<()> {
 #[test]
 fn two_signals_end_it_at_once_and_lose_nothing_that_has_ended() -> Result<()> {
     stops_and_goes_on(&["--strategy", "continuous"], &["-TERM", "-INT"])?;
+    Ok(())
+}
+
+#[test]
+fn a_training_that_is_asked_to_end_keeps_its_last_step() -> Result<()> {
+    let folder = Folder::new(64)?;
+    let text = folder.read("in.jsonl")?;
+    let pair = |line: &str| line.replacen('}', ",\"label\":50}", 1) + "\n";
+    fs::write(folder.path("pairs.jsonl"), text.lines().map(pair).collect::<String>())?;
+    let pairs = folder.text("pairs.jsonl");
+    let (whole, stopped) = (folder.text("whole"), folder.text("stopped"));
+    let args = |output| {
+        [
+            "train",
+            "-q",
+            "--data",
+            &pairs,
+            "--batch-size",
+            "4",
+            "--epochs",
+            "4",
+            "--output",
+            output,
+        ]
+        .map(str::to_owned)
+    };
+    let (undisturbed, again) = (args(&whole), args(&stopped));
+    succeed(&undisturbed.iter().map(String::as_str).collect::<Vec<_>>())?;
+    let mut again: Vec<&str> = again.iter().map(String::as_str).collect();
+    let curve = folder.path("stopped/loss.jsonl");
+    let output = signal_when(&again, &["-INT"], || lines(&curve) > 2)?;
+    let said = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(
+        said.lines().count() == 1 && said.starts_with("error: stopped after step ") && said.contains("--resume"),
+        "{said}"
+    );
+    again.push("--resume");
+    succeed(&again)?;
+    let name = "adapter_model.safetensors";
+    let [a, b] = ["whole", "stopped"].map(|run| fs::read(folder.path(run).join(name)));
+    assert!(a? == b?, "{name} differs");
+    Ok(())
+}
+
+#[test]
+fn a_collection_that_is_asked_to_end_says_that_the_same_command_goes_on() -> Result<()> {
+    let folder = Folder::new(150)?;
+    let (input, output) = (folder.text("in.jsonl"), folder.text("lengths.jsonl"));
+    let args = ["collect", "-q", "--input", &input, "--output", &output, "--slots", "4"];
+    let journal = folder.path("lengths.jsonl.partial");
+    let ended = signal_when(&args, &["-TERM"], || lines(&journal) > 4)?;
+    let said = String::from_utf8(ended.stderr)?;
+    assert_eq!(ended.status.code(), Some(1), "{said}");
+    assert!(
+        said.lines().count() == 1 && said.starts_with("error: stopped: ") && said.contains("the same command goes on"),
+        "{said}"
+    );
+    assert!(journal.is_file());
     Ok(())
 }

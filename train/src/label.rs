@@ -88,6 +88,7 @@ pub fn label(records: &[LengthRecord], target: LabelTarget, bucket: u32) -> Resu
             id: record.id.clone(),
             instruction: instruction.ok_or_else(|| LabelError::NoInstruction { id: record.id.clone() })?,
             label: bucket_up(target_length(record, target)?, bucket),
+            messages: record.messages.clone(),
             lengths: record.samples.iter().map(|s| s.tokens).collect(),
         })
     };
@@ -133,6 +134,7 @@ mod tests {
         LengthRecord {
             id: "5".into(),
             instruction: Some("x".to_owned()),
+            messages: Vec::new(),
             samples: [(0.0, 115), (0.3, 126), (0.5, 53), (0.7, 61)].map(sample).to_vec(),
         }
     }

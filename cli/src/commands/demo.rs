@@ -14,12 +14,12 @@ use lengthwise_decoder::{EngineConfig, LocalDecoder};
 use lengthwise_model::{LoadedModel, LoraConfig};
 use lengthwise_predictor::{ConstantPredictor, Question};
 use lengthwise_scheduler::{ScheduleConfig, Strategy, StrategyReport, StrategyRow};
-use lengthwise_train::collect::CollectConfig;
+use lengthwise_train::collect::{CollectConfig, CollectJob};
 use lengthwise_train::files::{
     InstructionRecord, LengthRecord, Pair, PairFormat, pair_line, read_instructions, write_atomic,
 };
 use lengthwise_train::language::{Split, instructions};
-use lengthwise_train::lora_training::{HeadObjective, LoraTrainingConfig, TrainObjective};
+use lengthwise_train::lora_training::{HeadObjective, LoraTrainingConfig, TrainObjective, TrainRun};
 use lengthwise_train::{LabelTarget, PredictorRow, label};
 
 use super::bench::{Lengths, time_strategy};
@@ -28,6 +28,7 @@ use super::eval::{measure, median};
 use super::train::train_with_bar;
 use crate::args::Global;
 use crate::inputs::{default_slots, local_decoder};
+use crate::interrupt::end_saying;
 use crate::output::{print, print_json};
 use crate::predictions::{ADMIT_QUANTILE, ask, local_predictor, scheduled_length};
 use crate::report::{ReportData, Source};
@@ -49,8 +50,8 @@ pub struct DemoArgs {
     #[arg(long, default_value = "16")]
     batch_size: NonZeroUsize,
     /// Passes over the pairs
-    #[arg(long, default_value_t = 7)]
-    epochs: usize,
+    #[arg(long, default_value = "7")]
+    epochs: NonZeroUsize,
 }
 
 /// Cap on every answer, in tokens: the longest answers of the bundled model's language have about 430.
@@ -65,13 +66,16 @@ const HEAD_LEARNING_RATE: f64 = 2e-3;
 const MARK: &str = "demo.json";
 
 pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
-    prepare(&args.output)?;
+    check_is_ours(&args.output)?;
     let began = Instant::now();
     let demo = Demo {
         global,
         args,
         model: global.open_model()?,
     };
+    // An earlier demo stays until nothing but this one can fail.
+    prepare(&args.output)?;
+    end_saying("the same command begins the demo anew".to_owned())?;
     let train = demo.lengths("train", Split::Train, args.train_instructions)?;
     let test = demo.lengths("test", Split::HeldOut, args.test_instructions)?;
     let train_pairs = demo.pairs("train", &train)?;
@@ -109,13 +113,21 @@ pub fn run(global: &Global, args: &DemoArgs) -> anyhow::Result<()> {
     ))
 }
 
-/// Makes the folder, or empties one that an earlier demo made.
-fn prepare(folder: &Path) -> anyhow::Result<()> {
-    let in_use = folder.is_dir() && std::fs::read_dir(folder)?.next().is_some();
-    if in_use && !folder.join(MARK).is_file() {
+fn is_in_use(folder: &Path) -> anyhow::Result<bool> {
+    Ok(folder.is_dir() && std::fs::read_dir(folder)?.next().is_some())
+}
+
+/// The folder is new, empty, or an earlier demo's.
+fn check_is_ours(folder: &Path) -> anyhow::Result<()> {
+    if is_in_use(folder)? && !folder.join(MARK).is_file() {
         bail!("{} has other files in it: choose another --output", folder.display());
     }
-    if in_use {
+    Ok(())
+}
+
+/// Makes the folder, or empties one that an earlier demo made.
+fn prepare(folder: &Path) -> anyhow::Result<()> {
+    if is_in_use(folder)? {
         std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
     }
     // Marked first, so that a demo that was stopped is replaced too.
@@ -149,6 +161,8 @@ impl Demo<'_> {
         let records: Vec<InstructionRecord> = read_instructions(&path)?;
         let config = CollectConfig {
             model: self.model.name.clone(),
+            dtype: Some(self.model.network.dtype().as_str().to_owned()),
+            kv_cache_dtype: None,
             temperatures: vec![0.0, 0.3, 0.5, 0.7],
             top_p: self.model.sampling.top_p,
             top_k: self.model.sampling.top_k,
@@ -162,7 +176,13 @@ impl Demo<'_> {
             records.len()
         );
         let output = self.path(&format!("{name}-lengths.jsonl"));
-        collect_with_bar(&records, &mut self.decoder(default_slots())?, &config, &output)
+        let job = CollectJob {
+            instructions: &records,
+            config: &config,
+            output: &output,
+            skip_too_long: false,
+        };
+        Ok(collect_with_bar(job, &mut self.decoder(default_slots())?)?.records)
     }
 
     fn pairs(&self, name: &str, lengths: &[LengthRecord]) -> anyhow::Result<Vec<Pair>> {
@@ -180,7 +200,7 @@ impl Demo<'_> {
         let config = LoraTrainingConfig {
             objective,
             lora: LoraConfig::default(),
-            epochs: self.args.epochs,
+            epochs: self.args.epochs.get(),
             learning_rate,
             seed: self.global.seed,
             ..LoraTrainingConfig::default()
@@ -188,7 +208,13 @@ impl Demo<'_> {
         let (rank, n) = (config.lora.r, pairs.len());
         tracing::info!("train: an adapter of rank {rank} on {n} pairs, {name}");
         let output = self.path(name);
-        train_with_bar(&self.model, &output, false, &config, pairs, &[])?;
+        let run = TrainRun {
+            model: &self.model,
+            output: output.clone(),
+            resume: false,
+            stop: &|| false,
+        };
+        train_with_bar(&run, &config, pairs, &[])?;
         Ok(output)
     }
 

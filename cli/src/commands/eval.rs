@@ -104,10 +104,7 @@ pub fn measure(
     pairs: &[Pair],
     cap: u32,
 ) -> anyhow::Result<(PredictorRow, Vec<(u32, u32)>)> {
-    let prompts: Vec<Prompt> = pairs
-        .iter()
-        .map(|p| Prompt::Instruction(p.instruction.clone()))
-        .collect();
+    let prompts: Vec<Prompt> = pairs.iter().map(Pair::prompt).collect();
     let began = Instant::now();
     let results = ask_each(predictor, &prompts, cap)?;
     let ms = began.elapsed().as_secs_f64() * 1000.0 / pairs.len().max(1) as f64;

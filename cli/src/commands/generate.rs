@@ -20,7 +20,7 @@ use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::interrupt::Interrupt;
 use crate::kept::Marks;
 use crate::output::print_json;
-use crate::parse::{not_negative, share};
+use crate::parse::{fraction, not_negative};
 use crate::predictions::{
     CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
@@ -44,10 +44,10 @@ pub struct GenerateArgs {
     predictions: PredictionArgs,
     /// Sampling temperature; 0 takes the most likely token [default: that of the model's generation_config.json if it
     /// says do_sample, else 0]
-    #[arg(long, value_parser = not_negative)]
+    #[arg(long, value_parser = not_negative::<f32>)]
     temperature: Option<f32>,
     /// Draw only from the most likely tokens that together have this probability [default: likewise, else 1]
-    #[arg(long, value_parser = share)]
+    #[arg(long, value_parser = fraction::<f32>)]
     top_p: Option<f32>,
     /// Draw only from this many most likely tokens; 0: all [default: likewise, else 0]
     #[arg(long)]

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{BIAS, LengthBins, LengthHead, LengthHeadConfig, WEIGHT};
-use crate::ModelError;
+use crate::{ModelError, save_tensors};
 
 const CONFIG_FILE: &str = "length_head.json";
 const WEIGHTS_FILE: &str = "length_head.safetensors";
@@ -112,7 +112,7 @@ impl LengthHead {
         };
         let tensors: HashMap<String, Tensor> = self.tensors().into_iter().collect();
         let beside = folder.join("length_head.safetensors.tmp");
-        candle_core::safetensors::save(&tensors, &beside)?;
+        save_tensors(&tensors, &beside)?;
         fs::rename(&beside, folder.join(WEIGHTS_FILE)).map_err(io(folder))?;
         let json = serde_json::to_string_pretty(&file).expect("plain data is serialisable");
         let beside = folder.join("length_head.json.tmp");

@@ -109,6 +109,9 @@ impl FromStr for TargetModules {
 }
 
 fn parse_kind(name: &str) -> Result<LinearKind, String> {
+    if name == "all-linear" {
+        return Err("all-linear stands for every linear layer: give it alone, without other names".to_owned());
+    }
     LinearKind::ALL.into_iter().find(|k| k.name() == name).ok_or_else(|| {
         let known = LinearKind::ALL.map(LinearKind::name).join(", ");
         format!("no linear layer is called \"{name}\"; there are {known}, or all-linear for all of them")
@@ -206,6 +209,10 @@ mod tests {
     fn modules_are_named_as_in_peft() {
         let got: TargetModules = "v_proj, q_proj,q_proj".parse().expect("two known names");
         assert_eq!(got, TargetModules::default());
+        let mixed = "q_proj,all-linear"
+            .parse::<TargetModules>()
+            .expect_err("one or the other");
+        assert!(mixed.contains("give it alone"), "{mixed}");
         let err = "qproj".parse::<TargetModules>().expect_err("unknown");
         assert!(err.contains("q_proj, k_proj"), "{err}");
     }

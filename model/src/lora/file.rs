@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::adapter::peft_name;
 use super::{Adapter, LinearKind, LoraConfig, LoraPair};
-use crate::{ModelConfig, ModelError};
+use crate::{ModelConfig, ModelError, save_tensors};
 
 /// The keys of `adapter_config.json` that matter; PEFT fills in the rest.
 #[derive(Debug, Serialize, Deserialize)]
@@ -134,7 +134,7 @@ impl Adapter {
         // The config goes last: a folder that has it is whole.
         let tensors: HashMap<String, Tensor> = self.tensors().into_iter().collect();
         let beside = folder.join("adapter_model.safetensors.tmp");
-        candle_core::safetensors::save(&tensors, &beside)?;
+        save_tensors(&tensors, &beside)?;
         fs::rename(&beside, folder.join("adapter_model.safetensors")).map_err(io)?;
         let beside = folder.join("adapter_config.json.tmp");
         fs::write(&beside, json + "\n").map_err(io)?;

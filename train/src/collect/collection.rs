@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use lengthwise_core::{DecodeError, Request, RequestId, Response, SamplingParams};
+use lengthwise_core::{DecodeError, Refusal, Request, RequestId, Response, SamplingParams};
 
 use crate::files::{FileError, Journal, LengthRecord, Sample};
 
@@ -27,6 +27,7 @@ pub(super) struct Collection<'a> {
     /// By request: what its response is. A request's id is never taken apart.
     wanted: HashMap<RequestId, Wanted>,
     too_long: BTreeSet<usize>,
+    refused: BTreeSet<usize>,
     resumed: usize,
     done: usize,
     tokens: u64,
@@ -48,6 +49,7 @@ impl<'a> Collection<'a> {
             open: HashMap::new(),
             wanted: HashMap::new(),
             too_long: BTreeSet::new(),
+            refused: BTreeSet::new(),
             resumed,
             done: resumed,
             tokens: 0,
@@ -59,7 +61,7 @@ impl<'a> Collection<'a> {
         self.wanted.clear();
         let mut requests = Vec::new();
         for instruction in 0..self.records.len() {
-            if self.records[instruction].is_some() || self.too_long.contains(&instruction) {
+            if self.records[instruction].is_some() || self.is_left_out(instruction) {
                 continue;
             }
             let samples = self.samples.len();
@@ -119,6 +121,7 @@ impl<'a> Collection<'a> {
         let record = LengthRecord {
             id: source.id.clone(),
             instruction: Some(source.instruction().to_owned()),
+            messages: source.conversation().to_vec(),
             samples,
         };
         self.journal.push(&line(&record))?;
@@ -142,6 +145,36 @@ impl<'a> Collection<'a> {
         Ok(())
     }
 
+    /// The server will not run requests: their instructions are left out, as long as there are others.
+    pub fn refused(&mut self, refusals: Vec<Refusal>) -> Result<(), CollectError> {
+        for Refusal { id, reason } in refusals {
+            let Some(&Wanted { instruction, .. }) = self.wanted.get(&id) else {
+                continue;
+            };
+            let id = self.job.instructions[instruction].id.clone();
+            if self.refused.insert(instruction) {
+                tracing::warn!("instruction {id} is left out: {reason}");
+                self.open.remove(&instruction);
+            }
+            if self.refused.len() == self.records.len() {
+                return Err(CollectError::AllRefused { id, reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// The instruction that a request samples.
+    pub fn instruction_of(&self, request: RequestId) -> RequestId {
+        match self.wanted.get(&request) {
+            Some(wanted) => self.job.instructions[wanted.instruction].id.clone(),
+            None => request,
+        }
+    }
+
+    fn is_left_out(&self, instruction: usize) -> bool {
+        self.too_long.contains(&instruction) || self.refused.contains(&instruction)
+    }
+
     pub fn progress(&self) -> CollectProgress {
         CollectProgress {
             done: self.done,
@@ -153,8 +186,8 @@ impl<'a> Collection<'a> {
     /// Writes the output, if nothing is missing.
     pub fn finish(self) -> Result<CollectSummary, CollectError> {
         let id = |place: usize| self.job.instructions[place].id.clone();
-        if let Some(place) = (0..self.records.len()).find(|i| self.records[*i].is_none() && !self.too_long.contains(i))
-        {
+        let missing = |place: &usize| self.records[*place].is_none() && !self.is_left_out(*place);
+        if let Some(place) = (0..self.records.len()).find(missing) {
             return Err(CollectError::Unanswered {
                 id: id(place),
                 got: self
@@ -164,7 +197,8 @@ impl<'a> Collection<'a> {
                 wanted: self.samples.len(),
             });
         }
-        let too_long = self.too_long.iter().map(|&place| id(place)).collect();
+        let ids = |places: &BTreeSet<usize>| places.iter().map(|&place| id(place)).collect();
+        let (too_long, refused) = (ids(&self.too_long), ids(&self.refused));
         let records: Vec<LengthRecord> = self.records.into_iter().flatten().collect();
         let text: String = records.iter().map(|r| line(r) + "\n").collect();
         self.journal.finish(&text)?;
@@ -172,6 +206,7 @@ impl<'a> Collection<'a> {
             records,
             resumed: self.resumed,
             too_long,
+            refused,
             tokens: self.tokens,
         })
     }
@@ -189,7 +224,10 @@ fn finished(job: &CollectJob, lines: &[String]) -> Result<Vec<Option<LengthRecor
             line: index + 2,
         };
         let record: LengthRecord = serde_json::from_str(line).map_err(damaged)?;
-        let same = |place: &usize| record.instruction.as_deref() == Some(job.instructions[*place].instruction());
+        let same = |place: &usize| {
+            let source = &job.instructions[*place];
+            record.instruction.as_deref() == Some(source.instruction()) && record.messages == source.conversation()
+        };
         let Some(place) = places.get(&record.id).copied().filter(same) else {
             return Err(CollectError::OtherInput {
                 journal: journal(),

@@ -7,7 +7,7 @@ mod tests;
 use std::sync::{Condvar, Mutex, PoisonError, mpsc};
 use std::time::Duration;
 
-use lengthwise_core::{DecodeError, Decoder, Request, Response};
+use lengthwise_core::{DecodeError, Decoder, Refusal, Request, Response};
 use ureq::Agent;
 
 use exchange::Failure;
@@ -30,7 +30,7 @@ pub struct EndpointConfig {
 }
 
 impl EndpointConfig {
-    /// Eight requests at once, six tries, ten minutes each.
+    /// Eight requests at once, six tries, three minutes each.
     pub fn new(url: impl Into<String>, model: impl Into<String>) -> Self {
         Self {
             url: url.into(),
@@ -38,7 +38,7 @@ impl EndpointConfig {
             api_key: None,
             concurrency: 8,
             max_attempts: 6,
-            timeout: Duration::from_secs(600),
+            timeout: Duration::from_secs(180),
         }
     }
 
@@ -59,6 +59,15 @@ const LONGEST_BACKOFF: Duration = Duration::from_secs(30);
 const LONGEST_RETRY_AFTER: Duration = Duration::from_secs(600);
 /// Longest wait for a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// So many refusals end a call, so that the caller hears of them before all requests were sent.
+const REFUSALS_TOLD: usize = 100;
+
+/// What came of a request.
+enum Answer {
+    Response(Response),
+    Refusal(Refusal),
+}
 
 /// Answers through an OpenAI-compatible server. The length of an answer is the server's `usage.completion_tokens`.
 #[derive(Debug)]
@@ -85,12 +94,16 @@ impl EndpointDecoder {
     }
 
     /// Tries until there is an answer or no hope; `None` where the run was stopped between two tries.
-    fn answer(&self, request: &Request, work: &Work) -> Option<Result<Response, DecodeError>> {
+    fn answer(&self, request: &Request, work: &Work) -> Option<Result<Answer, DecodeError>> {
         let mut backoff = FIRST_BACKOFF;
         for attempt in 1.. {
             let (reason, asked) = match self.attempt(request) {
-                Ok(response) => return Some(Ok(response)),
-                Err(Failure::Final(reason)) => return Some(Err(self.failed(reason))),
+                Ok(response) => return Some(Ok(Answer::Response(response))),
+                Err(Failure::Final(reason)) => return Some(Err(self.failed(request, reason))),
+                Err(Failure::Refused(reason)) => {
+                    let id = request.id.clone();
+                    return Some(Ok(Answer::Refusal(Refusal { id, reason })));
+                }
                 Err(Failure::TooLong { got, max }) => {
                     let id = request.id.clone();
                     return Some(Err(DecodeError::PromptTooLong { id, got, max }));
@@ -98,12 +111,18 @@ impl EndpointDecoder {
                 Err(Failure::Passing { reason, retry_after }) => (reason, retry_after),
             };
             if attempt >= self.config.max_attempts {
-                return Some(Err(self.failed(format!("{reason} (gave up after {attempt} tries)"))));
+                let reason = format!("{reason} (gave up after {attempt} tries)");
+                return Some(Err(self.failed(request, reason)));
             }
             // Half of the wait is chance, so that the requests do not all come back at once.
             let chosen = backoff.mul_f64(rand::random_range(0.5..1.0));
             let wait = asked.map_or(chosen, |asked| asked.min(LONGEST_RETRY_AFTER));
-            tracing::debug!("{}: {reason}; trying again in {wait:?}", self.url);
+            tracing::warn!(
+                "request {}: {}: {reason}; trying again in {:.1} s",
+                request.id,
+                self.url,
+                wait.as_secs_f64()
+            );
             if work.stopped_within(wait) {
                 return None;
             }
@@ -112,8 +131,43 @@ impl EndpointDecoder {
         None
     }
 
-    fn failed(&self, reason: String) -> DecodeError {
+    /// Hands responses over as they come; a failure for good is what all ends with, else the refusals are.
+    fn receive(
+        &self,
+        answers: mpsc::Receiver<Result<Answer, DecodeError>>,
+        work: &Work,
+        on_response: &mut dyn FnMut(Response) -> Result<(), DecodeError>,
+    ) -> Result<(), DecodeError> {
+        let (mut outcome, mut refusals) = (Ok(()), Vec::new());
+        for answer in answers {
+            match answer {
+                Ok(Answer::Response(response)) => {
+                    if let Err(err) = on_response(response) {
+                        work.stop();
+                        return Err(err);
+                    }
+                }
+                Ok(Answer::Refusal(refusal)) => {
+                    refusals.push(refusal);
+                    if refusals.len() >= REFUSALS_TOLD {
+                        work.stop();
+                    }
+                }
+                Err(err) => outcome = outcome.and(Err(err)),
+            }
+        }
+        match refusals.is_empty() {
+            true => outcome,
+            false => outcome.and(Err(DecodeError::Refused {
+                endpoint: self.url.clone(),
+                refusals,
+            })),
+        }
+    }
+
+    fn failed(&self, request: &Request, reason: String) -> DecodeError {
         DecodeError::Endpoint {
+            id: request.id.clone(),
             endpoint: self.url.clone(),
             reason,
         }
@@ -148,7 +202,8 @@ impl Work {
 }
 
 impl Decoder for EndpointDecoder {
-    /// A request that fails for good stops the run; what other threads are being answered is handed over first.
+    /// A request that fails for good stops the run; what other threads are being answered is handed over first. Refused
+    /// requests are told at the end, or once there are many.
     fn decode(
         &mut self,
         requests: Vec<Request>,
@@ -177,19 +232,7 @@ impl Decoder for EndpointDecoder {
                 });
             }
             drop(sender);
-            let mut outcome = Ok(());
-            for answer in receiver {
-                match answer {
-                    Ok(response) => {
-                        if let Err(err) = on_response(response) {
-                            work.stop();
-                            return Err(err);
-                        }
-                    }
-                    Err(err) => outcome = outcome.and(Err(err)),
-                }
-            }
-            outcome
+            this.receive(receiver, work, on_response)
         })
     }
 }

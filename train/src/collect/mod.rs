@@ -20,6 +20,12 @@ pub use endpoint::{EndpointConfig, EndpointDecoder};
 pub struct CollectConfig {
     /// The model, as it was asked for.
     pub model: String,
+    /// dtype that it runs in; `None` where somebody else runs it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dtype: Option<String>,
+    /// dtype of its KV cache, likewise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kv_cache_dtype: Option<String>,
     /// One sample, or several, at each.
     pub temperatures: Vec<f32>,
     /// Only the most likely tokens that together have this probability are drawn from; 1: all.
@@ -95,6 +101,24 @@ pub enum CollectError {
         /// Most tokens that a prompt may have.
         max: usize,
     },
+    /// The decoder failed at one instruction.
+    #[error("instruction {id}: {endpoint}: {reason}")]
+    Endpoint {
+        /// The instruction.
+        id: RequestId,
+        /// The engine's address.
+        endpoint: String,
+        /// What went wrong.
+        reason: String,
+    },
+    /// No instruction is accepted.
+    #[error("the server refused every instruction, {id} for this reason: {reason}")]
+    AllRefused {
+        /// One of them.
+        id: RequestId,
+        /// What the server said.
+        reason: String,
+    },
     /// The decoder ended without an error and without all answers.
     #[error("instruction {id} got {got} of its {wanted} samples: the decoder lost the others")]
     Unanswered {
@@ -145,6 +169,8 @@ pub struct CollectSummary {
     pub resumed: usize,
     /// Instructions that were left out as too long.
     pub too_long: Vec<RequestId>,
+    /// Instructions that the server refused, which are left out too.
+    pub refused: Vec<RequestId>,
     /// Tokens sampled in this run.
     pub tokens: u64,
 }
@@ -181,6 +207,11 @@ impl CollectJob<'_> {
                 Ok(()) => return collection.finish(),
                 // Each round leaves one instruction out.
                 Err(DecodeError::PromptTooLong { id, got, max }) => collection.too_long(id, got, max)?,
+                Err(DecodeError::Refused { refusals, .. }) => collection.refused(refusals)?,
+                Err(DecodeError::Endpoint { id, endpoint, reason }) => {
+                    let id = collection.instruction_of(id);
+                    return Err(CollectError::Endpoint { id, endpoint, reason });
+                }
                 Err(err) => return Err(err.into()),
             }
         }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lengthwise_core::{DecodeError, Decoder, FinishReason, Prompt, Request, Response};
+use lengthwise_core::{DecodeError, Decoder, FinishReason, Prompt, Refusal, Request, Response};
 use proptest::prelude::*;
 
 use super::*;
@@ -15,6 +15,8 @@ struct Seeded {
     max_prompt: usize,
     /// Requests of which no answer is given.
     loses: &'static str,
+    /// Instructions that are refused, as a server may.
+    refuses: &'static [&'static str],
     /// Requests of every call.
     calls: Vec<usize>,
 }
@@ -25,6 +27,7 @@ impl Seeded {
             left,
             max_prompt: usize::MAX,
             loses: "nothing",
+            refuses: &[],
             calls: Vec::new(),
         }
     }
@@ -45,7 +48,16 @@ impl Decoder for Seeded {
                 max: self.max_prompt,
             });
         }
+        let mut refusals = Vec::new();
         for request in requests.into_iter().rev().filter(|r| r.id.as_str() != self.loses) {
+            let instruction = request.id.as_str().split('#').next().unwrap_or_default();
+            if self.refuses.contains(&instruction) {
+                refusals.push(Refusal {
+                    id: request.id,
+                    reason: "no".to_owned(),
+                });
+                continue;
+            }
             if self.left == 0 {
                 return Err(DecodeError::model("killed"));
             }
@@ -57,7 +69,13 @@ impl Decoder for Seeded {
                 finish: FinishReason::Stop,
             })?;
         }
-        Ok(())
+        match refusals.is_empty() {
+            true => Ok(()),
+            false => Err(DecodeError::Refused {
+                endpoint: "e".to_owned(),
+                refusals,
+            }),
+        }
     }
 }
 
@@ -73,6 +91,8 @@ fn instructions(n: usize) -> Vec<InstructionRecord> {
 fn config() -> CollectConfig {
     CollectConfig {
         model: "m".to_owned(),
+        dtype: Some("f32".to_owned()),
+        kv_cache_dtype: Some("f32".to_owned()),
         temperatures: vec![0.0, 0.7],
         top_p: 1.0,
         top_k: 0,
@@ -171,6 +191,13 @@ fn another_input_or_other_settings_are_told_from_a_resumed_run() -> anyhow::Resu
                 ..config()
             },
             "max_new_tokens 100, now 64",
+        ),
+        (
+            CollectConfig {
+                dtype: Some("bf16".to_owned()),
+                ..config()
+            },
+            "dtype \"f32\", now \"bf16\"",
         ),
     ];
     for (other, want) in others {
@@ -276,5 +303,60 @@ fn what_cannot_be_sampled_is_refused_before_a_file_is_made() -> anyhow::Result<(
         assert!(err.contains(want), "{err}, want {want}");
     }
     assert_eq!(std::fs::read_dir(dir.path())?.count(), 0);
+    Ok(())
+}
+
+#[test]
+fn what_a_server_refuses_is_left_out_unless_it_refuses_everything() -> anyhow::Result<()> {
+    let dir = tempfile::tempdir()?;
+    let output = dir.path().join("out.jsonl");
+    let (instructions, config) = (instructions(5), config());
+    let job = CollectJob {
+        instructions: &instructions,
+        config: &config,
+        output: &output,
+        skip_too_long: false,
+    };
+    let mut decoder = Seeded {
+        refuses: &["1", "3"],
+        ..Seeded::new(usize::MAX)
+    };
+    let summary = job.run(&mut decoder, &mut |_| {})?;
+    assert_eq!(summary.refused, ["1".into(), "3".into()]);
+    assert_eq!(decoder.calls, [15], "what is accepted is asked for once");
+    let ids: Vec<_> = read_lengths(&output)?.into_iter().map(|record| record.id).collect();
+    assert_eq!(ids, ["0".into(), "2".into(), "4".into()]);
+    let none = dir.path().join("none.jsonl");
+    let mut decoder = Seeded {
+        refuses: &["0", "1", "2", "3", "4"],
+        ..Seeded::new(usize::MAX)
+    };
+    let err = run(&mut decoder, &config, 5, &none).expect_err("nothing was accepted");
+    assert!(err.starts_with("the server refused every instruction"), "{err}");
+    assert!(!none.exists());
+    Ok(())
+}
+
+#[test]
+fn an_engines_failure_names_the_instruction() -> anyhow::Result<()> {
+    struct Failing;
+    impl Decoder for Failing {
+        fn decode(
+            &mut self,
+            requests: Vec<Request>,
+            _: &mut dyn FnMut(Response) -> Result<(), DecodeError>,
+        ) -> Result<(), DecodeError> {
+            Err(DecodeError::Endpoint {
+                id: requests[4].id.clone(),
+                endpoint: "e".to_owned(),
+                reason: "no key".to_owned(),
+            })
+        }
+    }
+    let dir = tempfile::tempdir()?;
+    let output = dir.path().join("out.jsonl");
+    // Three samples of each instruction.
+    let err = collect(&instructions(2), &mut Failing, &config(), &output, &mut |_| {}).expect_err("failed");
+    assert_eq!(err.to_string(), "instruction 1: e: no key");
     Ok(())
 }

@@ -21,6 +21,15 @@ pub struct InstructionRecord {
 }
 
 impl InstructionRecord {
+    /// The whole conversation, where there is more to it than [`InstructionRecord::instruction`]: earlier turns, or a
+    /// system message. Else nothing.
+    pub fn conversation(&self) -> &[ChatMessage] {
+        match &self.prompt {
+            Prompt::Chat(messages) if messages.len() > 1 => messages,
+            _ => &[],
+        }
+    }
+
     /// The instruction as one text: of a conversation the last turn of the user.
     pub fn instruction(&self) -> &str {
         match &self.prompt {
@@ -142,6 +151,11 @@ mod tests {
             r#"[{"id": "c", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "r"}]}]"#;
         let got = read(chat).expect("FastChat");
         assert_eq!(got[0].prompt, Prompt::Chat(vec![ChatMessage::user("q")]));
+        assert!(got[0].conversation().is_empty());
+        let turn = |who: &str| format!(r#"{{"from": "{who}", "value": "q"}}"#);
+        let turns = [turn("human"), turn("gpt"), turn("human")].join(", ");
+        let got = read(&format!(r#"[{{"id": "c", "conversations": [{turns}]}}]"#)).expect("two questions");
+        assert_eq!(got[0].conversation().len(), 3);
         let batch = r#"{"custom_id": "b", "method": "POST", "url": "/v1/chat/completions",
             "body": {"model": "m", "messages": [{"role": "user", "content": "q"}], "max_tokens": 9}}"#;
         let got = read(&batch.replace('\n', " ")).expect("OpenAI batch");

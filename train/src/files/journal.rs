@@ -1,12 +1,13 @@
 //! An output that grows while a long job runs, survives a kill, and is written in input order at the end.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::File;
 use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
+use super::lock::lock_file;
 use super::{FileError, beside, folder_of, io, write_atomic};
 
 /// Lines are on the disk after at most this long of writing.
@@ -36,7 +37,7 @@ impl Journal {
             return Err(complete(output));
         }
         std::fs::create_dir_all(folder_of(output)).map_err(io(folder_of(output)))?;
-        let mut file = lock(&partial)?;
+        let mut file = lock_file(&partial)?;
         let mut bytes = Vec::new();
         file.read_to_end(&mut bytes).map_err(io(&partial))?;
         if bytes.is_empty() && output.exists() {
@@ -152,18 +153,6 @@ fn complete(output: &Path) -> FileError {
     refuse(output, "it exists already; remove it or choose another output")
 }
 
-/// Opens a file that no other process has open this way.
-fn lock(path: &Path) -> Result<File, FileError> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false);
-    let file = options.open(path).map_err(io(path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(refuse(path, "another process is writing it")),
-        Err(TryLockError::Error(source)) => Err(io(path)(source)),
-    }
-}
-
 /// The whole lines of a file and where they end. Bytes that are no UTF-8 can only be in a line that was cut.
 fn whole_lines(bytes: &[u8]) -> (usize, Vec<String>) {
     let mut end = 0;
@@ -179,7 +168,7 @@ fn whole_lines(bytes: &[u8]) -> (usize, Vec<String>) {
 }
 
 /// What is not the same in two lines of settings: ` (seed 1, now 2)`; nothing where they are no JSON objects.
-fn differences(begun: &str, now: &str) -> String {
+pub(crate) fn differences(begun: &str, now: &str) -> String {
     let object = |text: &str| serde_json::from_str::<Map<String, Value>>(text).ok();
     let (Some(begun), Some(now)) = (object(begun), object(now)) else {
         return String::new();

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lengthwise_core::{FinishReason, RequestId};
+use lengthwise_core::{ChatMessage, FinishReason, RequestId};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -38,6 +38,9 @@ pub struct LengthRecord {
     /// The instruction; the published lengths come without.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub instruction: Option<String>,
+    /// The whole conversation, where the instruction is its last question and not all of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<ChatMessage>,
     /// In the order of collection.
     pub samples: Vec<Sample>,
 }
@@ -110,6 +113,7 @@ fn parse(record: &Record) -> Result<LengthRecord, String> {
     Ok(LengthRecord {
         id,
         instruction: None,
+        messages: Vec::new(),
         samples,
     })
 }

@@ -1,22 +1,25 @@
 //! The files that Lengthwise reads and writes.
 
 mod answers;
+mod atomic;
 mod batch;
 mod instructions;
 mod journal;
 mod lengths;
+mod lock;
 mod pairs;
 mod records;
 
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 pub use answers::{Answer, answer_line, prediction_line, read_predictions};
+pub use atomic::write_atomic;
 pub use batch::BatchBody;
 pub use instructions::{InstructionRecord, read_instructions};
 pub use journal::Journal;
+pub(crate) use journal::differences;
 pub use lengths::{LengthRecord, Sample, read_lengths};
+pub(crate) use lock::lock_folder;
 pub use pairs::{Pair, PairFormat, pair_line, read_pairs};
 
 /// What is wrong with a file.
@@ -75,58 +78,5 @@ pub(crate) fn folder_of(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
-    }
-}
-
-/// Writes a file beside its name (`.tmp`) and renames it, so that nobody ever sees half of it, not even after a power
-/// failure.
-///
-/// # Errors
-/// The folder cannot be written.
-pub fn write_atomic(path: &Path, content: impl AsRef<[u8]>) -> Result<(), FileError> {
-    let content = content.as_ref();
-    let folder = folder_of(path);
-    std::fs::create_dir_all(folder).map_err(io(folder))?;
-    if std::fs::metadata(path).is_ok_and(|there| !there.is_file()) {
-        // A rename would put a file in the place of /dev/null or a pipe.
-        return std::fs::write(path, content).map_err(io(path));
-    }
-    let tmp = beside(path, ".tmp");
-    let write = || {
-        let mut file = File::create(&tmp)?;
-        file.write_all(content)?;
-        file.sync_all()
-    };
-    let written = write()
-        .map_err(io(&tmp))
-        .and_then(|()| std::fs::rename(&tmp, path).map_err(io(path)));
-    if written.is_err() {
-        // Half a file helps nobody; the first error is the one to tell.
-        let _ = std::fs::remove_file(&tmp);
-        return written;
-    }
-    // The new name is on the disk once its folder is. Not every system lets a folder be opened.
-    if let Ok(folder) = File::open(folder) {
-        let _ = folder.sync_all();
-    }
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_file_is_replaced_whole_and_nothing_is_left_beside_it() -> anyhow::Result<()> {
-        let dir = tempfile::tempdir()?;
-        let path = dir.path().join("new/out.jsonl");
-        write_atomic(&path, "first\n")?;
-        write_atomic(&path, "second\n")?;
-        assert_eq!(std::fs::read_to_string(&path)?, "second\n");
-        assert_eq!(std::fs::read_dir(dir.path().join("new"))?.count(), 1);
-        // A folder in the way is an error and stays.
-        write_atomic(&dir.path().join("new"), "x").expect_err("a folder");
-        assert!(path.exists());
-        Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::str::FromStr;
 
-use lengthwise_core::RequestId;
+use lengthwise_core::{ChatMessage, Prompt, RequestId};
 use lengthwise_model::LENGTH_QUESTION;
 use serde::{Deserialize, Serialize};
 
@@ -17,11 +17,24 @@ pub struct Pair {
     pub id: RequestId,
     /// The instruction.
     pub instruction: String,
+    /// The whole conversation, where the instruction is its last question and not all of it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub messages: Vec<ChatMessage>,
     /// The length to predict, in tokens.
     pub label: u32,
     /// The lengths that the label was made of.
     #[serde(default)]
     pub lengths: Vec<u32>,
+}
+
+impl Pair {
+    /// What the lengths are of.
+    pub fn prompt(&self) -> Prompt {
+        match self.messages.as_slice() {
+            [] => Prompt::Instruction(self.instruction.clone()),
+            messages => Prompt::Chat(messages.to_vec()),
+        }
+    }
 }
 
 /// In which form pairs are written.
@@ -50,12 +63,11 @@ impl FromStr for PairFormat {
 pub fn pair_line(pair: &Pair, format: PairFormat) -> String {
     let line = match format {
         PairFormat::Pairs => serde_json::to_string(pair),
-        PairFormat::Chat => serde_json::to_string(&serde_json::json!({
-            "messages": [
-                {"role": "user", "content": format!("{}{LENGTH_QUESTION}", pair.instruction)},
-                {"role": "assistant", "content": pair.label.to_string()},
-            ],
-        })),
+        PairFormat::Chat => {
+            let mut messages = pair.prompt().with_suffix(LENGTH_QUESTION).messages();
+            messages.push(ChatMessage::assistant(pair.label.to_string()));
+            serde_json::to_string(&serde_json::json!({"messages": messages}))
+        }
     };
     line.expect("plain data is serialisable") + "\n"
 }
@@ -90,6 +102,7 @@ mod tests {
         Pair {
             id: "5".into(),
             instruction: "say \"é\"".to_owned(),
+            messages: Vec::new(),
             label: 150,
             lengths: vec![115, 126],
         }
@@ -109,6 +122,26 @@ mod tests {
         std::fs::write(&path, "{\"id\": 5, \"instruction\": \"x\", \"label\": -1}\n")?;
         let err = read_pairs(&path).expect_err("no length").to_string();
         assert!(err.contains("line 1: invalid value: integer `-1`"), "{err}");
+        Ok(())
+    }
+
+    #[test]
+    fn a_conversation_stays_whole() -> anyhow::Result<()> {
+        let messages = vec![
+            ChatMessage::user("a"),
+            ChatMessage::assistant("b"),
+            ChatMessage::user("say \"é\""),
+        ];
+        let pair = Pair { messages, ..pair() };
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("pairs.jsonl");
+        std::fs::write(&path, pair_line(&pair, PairFormat::Pairs))?;
+        assert_eq!(read_pairs(&path)?, std::slice::from_ref(&pair));
+        let value: serde_json::Value = serde_json::from_str(&pair_line(&pair, PairFormat::Chat))?;
+        assert_eq!(value["messages"][1]["content"], "b");
+        let question = value["messages"][2]["content"].as_str().unwrap_or_default();
+        assert!(question.starts_with("say \"é\"\nDon't output"), "{question}");
+        assert_eq!(value["messages"][3]["content"], "150");
         Ok(())
     }
 

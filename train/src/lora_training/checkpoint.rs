@@ -4,14 +4,17 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use lengthwise_model::Llama;
+use lengthwise_model::{Llama, save_tensors};
 use serde::{Deserialize, Serialize};
 
 use super::LoraTrainingError;
 use super::tuned::Tuned;
+use crate::files::write_atomic;
 use crate::optim::AdamW;
 
 const PREFIX: &str = "checkpoint-";
+/// Beside a finished adapter: the last [`RunState`] of its run.
+const RECORD: &str = "training.json";
 
 /// Where a run is, beside its tensors.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -20,8 +23,9 @@ pub(super) struct RunState {
     pub step: usize,
     /// The best evaluation loss so far and its step.
     pub best: Option<(f64, usize)>,
-    /// Settings and data of the run, to be told from others.
-    pub fingerprint: Vec<(String, String)>,
+    /// Settings and data of the run, to be told from others: one JSON object as text, which no reading of its numbers
+    /// changes.
+    pub fingerprint: String,
 }
 
 /// A checkpoint that was read back.
@@ -68,9 +72,8 @@ pub(super) fn save(
     let _ = fs::remove_dir_all(&beside);
     tuned.save(&beside, base_model)?;
     let (tensors, _) = adamw.state()?;
-    candle_core::safetensors::save(&tensors, beside.join("optimizer.safetensors"))?;
-    let json = serde_json::to_string_pretty(state).expect("plain data is serialisable");
-    fs::write(beside.join("state.json"), json).map_err(io(&beside))?;
+    save_tensors(&tensors, &beside.join("optimizer.safetensors"))?;
+    fs::write(beside.join("state.json"), json(state)).map_err(io(&beside))?;
     let name = output.join(format!("{PREFIX}{}", state.step));
     let _ = fs::remove_dir_all(&name);
     fs::rename(&beside, &name).map_err(io(&name))?;
@@ -82,17 +85,34 @@ pub(super) fn save(
 
 /// Reads a checkpoint back; what it trains are variables.
 pub(super) fn load(folder: &Path, llama: &Llama) -> Result<Checkpoint, LoraTrainingError> {
-    let path = folder.join("state.json");
-    let text = fs::read_to_string(&path).map_err(io(&path))?;
-    let bad = |err: serde_json::Error| LoraTrainingError::BadFile {
-        path: path.clone(),
-        reason: err.to_string(),
-    };
     Ok(Checkpoint {
-        state: serde_json::from_str(&text).map_err(bad)?,
+        state: read_state(&folder.join("state.json"))?,
         tuned: Tuned::load(folder, llama)?.trainable()?,
         optimiser: candle_core::safetensors::load(folder.join("optimizer.safetensors"), llama.device())?,
     })
+}
+
+fn json(state: &RunState) -> String {
+    serde_json::to_string_pretty(state).expect("plain data is serialisable") + "\n"
+}
+
+fn read_state(path: &Path) -> Result<RunState, LoraTrainingError> {
+    let text = fs::read_to_string(path).map_err(io(path))?;
+    serde_json::from_str(&text).map_err(|err| LoraTrainingError::BadFile {
+        path: path.to_owned(),
+        reason: err.to_string(),
+    })
+}
+
+/// Keeps, beside the adapter, how it was trained.
+pub(super) fn record(output: &Path, state: &RunState) -> Result<(), LoraTrainingError> {
+    Ok(write_atomic(&output.join(RECORD), json(state))?)
+}
+
+/// How the adapter of an output folder was trained; `None` where another program made it.
+pub(super) fn recorded(output: &Path) -> Result<Option<RunState>, LoraTrainingError> {
+    let path = output.join(RECORD);
+    path.is_file().then(|| read_state(&path)).transpose()
 }
 
 /// Removes what only a resumed run needs.

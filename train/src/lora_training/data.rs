@@ -25,7 +25,7 @@ pub(super) enum Encoded {
 }
 
 impl Encoded {
-    fn new(run: &TrainRun, index: usize, example: &TrainExample) -> Result<Self, LoraTrainingError> {
+    fn new(run: &TrainRun, set: &'static str, example: &TrainExample) -> Result<Self, LoraTrainingError> {
         let (tokenizer, template) = (&run.model.tokenizer, &run.model.template);
         match &example.target {
             TrainTarget::Answer(answer) => Ok(Self::Answer(EncodedExample::new(
@@ -34,7 +34,10 @@ impl Encoded {
                 &example.prompt,
                 answer,
             )?)),
-            TrainTarget::Lengths(lengths) if lengths.is_empty() => Err(LoraTrainingError::NoLengths { index }),
+            TrainTarget::Lengths(lengths) if lengths.is_empty() => Err(LoraTrainingError::NoLengths {
+                id: example.id.clone(),
+                set,
+            }),
             TrainTarget::Lengths(lengths) => Ok(Self::Lengths {
                 prompt: template.encode(tokenizer, &example.prompt)?,
                 lengths: lengths.clone(),
@@ -74,7 +77,8 @@ impl Data {
         train: &[TrainExample],
         eval: &[TrainExample],
     ) -> Result<Self, LoraTrainingError> {
-        let (eval, mut train) = (encode(run, config, eval)?, encode(run, config, train)?);
+        let eval = encode(run, config, "evaluation", eval)?;
+        let mut train = encode(run, config, "training", train)?;
         let held_out = match &config.objective {
             TrainObjective::Head(head) if eval.is_empty() => held_out(head, train.len()),
             _ => 0,
@@ -112,20 +116,22 @@ fn held_out(head: &HeadObjective, examples: usize) -> usize {
 fn encode(
     run: &TrainRun,
     config: &LoraTrainingConfig,
+    set: &'static str,
     examples: &[TrainExample],
 ) -> Result<Vec<Encoded>, LoraTrainingError> {
     let max = run.model.network.config().max_position_embeddings;
-    let encode = |(index, example): (usize, &TrainExample)| {
-        let encoded = Encoded::new(run, index, example)?;
+    let encode = |example: &TrainExample| {
+        let encoded = Encoded::new(run, set, example)?;
+        let id = example.id.clone();
         match encoded.tokens().len() {
-            got if got > max => Err(LoraTrainingError::ExampleTooLong { index, got, max }),
+            got if got > max => Err(LoraTrainingError::ExampleTooLong { id, set, got, max }),
             _ if config.lora.active_from(encoded.tokens()) == usize::MAX => {
-                Err(LoraTrainingError::NotInvoked { index })
+                Err(LoraTrainingError::NotInvoked { id, set })
             }
             _ => Ok(encoded),
         }
     };
-    examples.iter().enumerate().map(encode).collect()
+    examples.iter().map(encode).collect()
 }
 
 /// Examples that go through the network together.

@@ -5,6 +5,8 @@ mod calibrate;
 mod checkpoint;
 mod curve;
 mod data;
+mod fingerprint;
+mod found;
 mod objective;
 mod order;
 mod run;
@@ -14,9 +16,11 @@ mod tuned;
 
 use std::path::PathBuf;
 
+use lengthwise_core::RequestId;
 use lengthwise_model::{LoraConfig, ModelError};
 use serde::{Deserialize, Serialize};
 
+use crate::files::FileError;
 use crate::optim::Schedule;
 
 pub use activation::invocation_tokens;
@@ -89,6 +93,8 @@ pub struct TrainRun<'a> {
     pub output: PathBuf,
     /// Go on from the last checkpoint in `output`.
     pub resume: bool,
+    /// Asked after every step: whether the run is to end early, with a checkpoint.
+    pub stop: &'a dyn Fn() -> bool,
 }
 
 /// One line of the loss curve, `loss.jsonl`.
@@ -138,17 +144,24 @@ pub enum LoraTrainingError {
     },
     /// An example without sampled lengths, which a head learns.
     #[error(
-        "training example {index} has no lengths, which the head objective needs: make the pairs with `lengthwise label`"
+        "example \"{id}\" of the {set} data has no lengths, which the head objective needs: make the pairs with `lengthwise \
+         label`"
     )]
     NoLengths {
-        /// Its place in the data, from 0.
-        index: usize,
+        /// The example.
+        id: RequestId,
+        /// `training` or `evaluation`.
+        set: &'static str,
     },
     /// An example does not fit the model's context.
-    #[error("training example {index} has {got} tokens, the model takes at most {max}: leave it out or shorten it")]
+    #[error(
+        "example \"{id}\" of the {set} data has {got} tokens, the model takes at most {max}: leave it out or shorten it"
+    )]
     ExampleTooLong {
-        /// Its place in the data, from 0.
-        index: usize,
+        /// The example.
+        id: RequestId,
+        /// `training` or `evaluation`.
+        set: &'static str,
         /// Its tokens.
         got: usize,
         /// Positions of the model.
@@ -162,12 +175,14 @@ pub enum LoraTrainingError {
     NoInvocation,
     /// The adapter would change nothing of an example.
     #[error(
-        "training example {index} does not hold the adapter's invocation tokens, at which it begins: leave it out, or \
-         train without --alora"
+        "example \"{id}\" of the {set} data does not hold the adapter's invocation tokens, at which it begins: leave it \
+         out, or train without --alora"
     )]
     NotInvoked {
-        /// Its place in the data, from 0.
-        index: usize,
+        /// The example.
+        id: RequestId,
+        /// `training` or `evaluation`.
+        set: &'static str,
     },
     /// There are results in the output folder already.
     #[error("{} holds an unfinished run; go on with --resume or choose another folder", path.display())]
@@ -175,14 +190,38 @@ pub enum LoraTrainingError {
         /// The folder.
         path: PathBuf,
     },
-    /// The checkpoint was made with other settings or data.
-    #[error("the checkpoint in {} was made with another {what}; it cannot be resumed with this one", path.display())]
+    /// The output folder holds an adapter, which training would replace.
+    #[error("{} holds an adapter already: choose another --output, or remove it", path.display())]
+    Occupied {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The checkpoint or the finished adapter was made with other settings or data.
+    #[error(
+        "the run in {} has other settings or data{differences}: repeat them, or choose another --output", path.display()
+    )]
     OtherRun {
         /// The folder.
         path: PathBuf,
-        /// The setting that differs.
-        what: String,
+        /// What differs: ` (seed 1, now 2)`.
+        differences: String,
     },
+    /// The run was asked to end early.
+    #[error(
+        "stopped after step {step} of {total}, which {} keeps; the same command with --resume goes on from there",
+        path.display()
+    )]
+    Stopped {
+        /// Steps done.
+        step: usize,
+        /// Steps of the whole run.
+        total: usize,
+        /// The checkpoint.
+        path: PathBuf,
+    },
+    /// A file of the run.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// A file of the run is damaged.
     #[error("{}: {reason}", path.display())]
     BadFile {

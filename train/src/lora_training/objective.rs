@@ -1,6 +1,6 @@
 //! What an adapter is trained to say, and the examples of it.
 
-use lengthwise_core::Prompt;
+use lengthwise_core::{Prompt, RequestId};
 use lengthwise_model::LENGTH_QUESTION;
 
 use crate::files::Pair;
@@ -42,6 +42,8 @@ impl Default for HeadObjective {
 /// A prompt and what the model is to make of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TrainExample {
+    /// The pair's id, for messages.
+    pub id: RequestId,
     /// What is asked, the length question included where it is asked.
     pub prompt: Prompt,
     /// What is learnt.
@@ -70,7 +72,8 @@ impl TrainObjective {
     /// A pair as an example of this objective.
     pub fn example(&self, pair: &Pair) -> TrainExample {
         TrainExample {
-            prompt: Prompt::Instruction(format!("{}{}", pair.instruction, self.question())),
+            id: pair.id.clone(),
+            prompt: pair.prompt().with_suffix(self.question()),
             target: match self {
                 Self::Number => TrainTarget::Answer(pair.label.to_string()),
                 Self::Head(_) => TrainTarget::Lengths(pair.lengths.clone()),

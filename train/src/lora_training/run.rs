@@ -1,16 +1,16 @@
 //! The training loop.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
-
 use lengthwise_model::{Adapter, LengthHead, Llama, ModelError, TrainPass};
 
 use super::calibrate::calibrate;
-use super::checkpoint::{self, RunState};
+use super::checkpoint::{self, Checkpoint, RunState};
 use super::curve::Curve;
 use super::data::{Batch, Data, Encoded};
+use super::fingerprint::{fingerprint, hash};
+use super::found::{self, Found};
 use super::tuned::Tuned;
 use super::{CurvePoint, LoraTrainingConfig, LoraTrainingError, TrainExample, TrainProgress, TrainRun};
+use crate::files::lock_folder;
 use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate};
 use crate::packed::{Objective, Shard};
 
@@ -29,13 +29,17 @@ pub struct TrainOutcome {
     pub best_step: usize,
     /// Its loss over the evaluation data.
     pub eval_loss: Option<f64>,
+    /// An earlier run had finished it: nothing was trained.
+    pub was_finished: bool,
 }
 
 /// Tunes an adapter on `examples` and writes it to the run's output folder in PEFT's format, with the length head, if
 /// there is one, and the loss curve beside it. With `eval` examples the best of the evaluated adapters is kept, else the last.
 ///
 /// # Errors
-/// See [`LoraTrainingError`]; the last checkpoint stays and `resume` goes on from it, exactly as if never stopped.
+/// See [`LoraTrainingError`]; the last checkpoint stays and `resume` goes on from it, exactly as if never stopped. An
+/// adapter that is there already is not replaced: with `resume`, and the settings and data that it was trained with, it is
+/// the outcome, else an error.
 pub fn train(
     run: &TrainRun,
     config: &LoraTrainingConfig,
@@ -44,13 +48,17 @@ pub fn train(
     progress: &mut dyn FnMut(TrainProgress),
 ) -> Result<TrainOutcome, LoraTrainingError> {
     check(config, examples)?;
-    std::fs::create_dir_all(&run.output).map_err(|source| LoraTrainingError::Io {
-        path: run.output.clone(),
-        source,
-    })?;
+    let _lock = lock_folder(&run.output)?;
+    found::refuse_what_is_there(run)?;
     let _memory = run.model.network.training_memory();
     let data = Data::new(run, config, examples, eval)?;
-    let mut trainer = Trainer::begin(run, config, &data)?;
+    let fingerprint = fingerprint(run, config, &data);
+    let saved = match found::look(run, &fingerprint)? {
+        Found::Finished(state) => return finished(run, &state),
+        Found::Checkpoint(saved) => Some(*saved),
+        Found::Nothing => None,
+    };
+    let mut trainer = Trainer::begin(run, config, &data, (fingerprint, saved))?;
     while trainer.state.step < trainer.rate.total_steps {
         let (point, tokens) = trainer.step(&data)?;
         progress(TrainProgress {
@@ -58,8 +66,28 @@ pub fn train(
             total_steps: trainer.rate.total_steps,
             tokens,
         });
+        if (run.stop)() {
+            trainer.check_stopped()?;
+        }
     }
     trainer.finish(&data)
+}
+
+/// What an earlier run ended with.
+fn finished(run: &TrainRun, state: &RunState) -> Result<TrainOutcome, LoraTrainingError> {
+    let tuned = Tuned::load(&run.output, &run.model.network)?;
+    Ok(outcome(tuned, state, true))
+}
+
+fn outcome(tuned: Tuned, state: &RunState, was_finished: bool) -> TrainOutcome {
+    TrainOutcome {
+        adapter: tuned.adapter,
+        head: tuned.head,
+        steps: state.step,
+        best_step: state.best.map_or(state.step, |(_, step)| step),
+        eval_loss: state.best.map(|(loss, _)| loss),
+        was_finished,
+    }
 }
 
 fn check(config: &LoraTrainingConfig, examples: &[TrainExample]) -> Result<(), LoraTrainingError> {
@@ -93,7 +121,13 @@ struct Trainer<'a> {
 }
 
 impl<'a> Trainer<'a> {
-    fn begin(run: &'a TrainRun, config: &'a LoraTrainingConfig, data: &Data) -> Result<Self, LoraTrainingError> {
+    /// Begins at the first step, or behind the checkpoint that was found.
+    fn begin(
+        run: &'a TrainRun,
+        config: &'a LoraTrainingConfig,
+        data: &Data,
+        (fingerprint, saved): (String, Option<Checkpoint>),
+    ) -> Result<Self, LoraTrainingError> {
         let llama = run.model.network.as_ref();
         let planned = config.epochs * data.order.steps_per_epoch();
         let total_steps = config.max_steps.map_or(planned, |max| max.min(planned));
@@ -103,26 +137,6 @@ impl<'a> Trainer<'a> {
             warmup_steps,
             total_steps,
             schedule: config.schedule,
-        };
-        let fingerprint = fingerprint(run, config, data);
-        let saved = match checkpoint::newest(&run.output) {
-            Some(path) if run.resume => {
-                let saved = checkpoint::load(&path, llama)?;
-                let pairs = saved.state.fingerprint.iter().zip(&fingerprint);
-                if let Some((_, (what, _))) = pairs.into_iter().find(|(a, b)| a != b) {
-                    return Err(LoraTrainingError::OtherRun {
-                        path,
-                        what: what.clone(),
-                    });
-                }
-                Some(saved)
-            }
-            Some(_) => {
-                return Err(LoraTrainingError::Unfinished {
-                    path: run.output.clone(),
-                });
-            }
-            None => None,
         };
         let tuned = match &saved {
             Some(saved) => saved.tuned.clone(),
@@ -183,15 +197,27 @@ impl<'a> Trainer<'a> {
         };
         self.curve.push(&point)?;
         if done || self.state.step.is_multiple_of(self.config.save_steps) {
-            checkpoint::save(
-                &self.run.output,
-                &self.run.model.name,
-                &self.tuned,
-                &self.adamw,
-                &self.state,
-            )?;
+            self.save()?;
         }
         Ok((point, tokens))
+    }
+
+    fn save(&self) -> Result<(), LoraTrainingError> {
+        let (output, name) = (&self.run.output, &self.run.model.name);
+        checkpoint::save(output, name, &self.tuned, &self.adamw, &self.state)
+    }
+
+    /// The run is to end: keeps a checkpoint, unless there was no step left to do.
+    fn check_stopped(&self) -> Result<(), LoraTrainingError> {
+        let (step, total) = (self.state.step, self.rate.total_steps);
+        if step == total {
+            return Ok(());
+        }
+        if !step.is_multiple_of(self.config.save_steps) {
+            self.save()?;
+        }
+        let path = checkpoint::newest(&self.run.output).unwrap_or_else(|| self.run.output.clone());
+        Err(LoraTrainingError::Stopped { step, total, path })
     }
 
     fn gradients(&self, data: &Data, step: usize) -> Result<(f64, Gradients, usize), LoraTrainingError> {
@@ -261,35 +287,9 @@ impl<'a> Trainer<'a> {
         };
         kept.save(output, name)?;
         last.save(&output.join("last"), name)?;
+        // Before the checkpoint goes: without either a finished run could not be told from others.
+        checkpoint::record(output, &self.state)?;
         checkpoint::clear(output)?;
-        Ok(TrainOutcome {
-            adapter: kept.adapter,
-            head: kept.head,
-            steps: self.rate.total_steps,
-            best_step: self.state.best.map_or(self.rate.total_steps, |(_, step)| step),
-            eval_loss: self.state.best.map(|(loss, _)| loss),
-        })
+        Ok(outcome(kept, &self.state, false))
     }
-}
-
-/// Whatever changes the course of a run, by name; what may differ between a run and its resumption is left out.
-fn fingerprint(run: &TrainRun, config: &LoraTrainingConfig, data: &Data) -> Vec<(String, String)> {
-    let tokens = |examples: &[Encoded]| hash(&examples.iter().map(|e| (e.tokens(), e.lengths())).collect::<Vec<_>>());
-    let settings = LoraTrainingConfig {
-        save_steps: 0,
-        ..config.clone()
-    };
-    vec![
-        ("model".to_owned(), run.model.name.clone()),
-        ("training data".to_owned(), format!("{:016x}", tokens(&data.train))),
-        ("evaluation data".to_owned(), format!("{:016x}", tokens(&data.eval))),
-        ("setting".to_owned(), format!("{settings:?}")),
-    ]
-}
-
-/// SipHash with fixed keys: the same in every process.
-fn hash(value: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    value.hash(&mut hasher);
-    hasher.finish()
 }

@@ -1,5 +1,7 @@
 //! A small run with a head on the bundled model.
 
+mod ends;
+
 use candle_core::Device;
 use lengthwise_core::{LengthEstimate, Prompt};
 use lengthwise_model::{DTypeChoice, LengthHead, LoadedModel, TINY};
@@ -18,6 +20,7 @@ fn examples(split: Split, n: usize) -> Vec<TrainExample> {
     let mut example = |question: Question| {
         let mut words = || question.answer(&mut rng).split_whitespace().count() as u32;
         TrainExample {
+            id: question.instruction.as_str().into(),
             target: TrainTarget::Lengths((0..4).map(|_| words()).collect()),
             prompt: Prompt::Instruction(question.instruction.clone()),
         }
@@ -49,6 +52,7 @@ fn a_head_beats_the_marginal_on_instructions_it_has_not_seen() -> anyhow::Result
         model: &model,
         output: dir.path().to_owned(),
         resume: false,
+        stop: &|| false,
     };
     let outcome = train(&run, &config(), &examples(Split::Train, 400), &[], &mut |_| ())?;
     let head = LengthHead::load(dir.path(), model.network.config().hidden_size, &Device::Cpu)?;
@@ -86,32 +90,6 @@ fn a_head_beats_the_marginal_on_instructions_it_has_not_seen() -> anyhow::Result
 }
 
 #[test]
-fn a_run_without_a_head_takes_the_head_of_an_earlier_run_away() -> anyhow::Result<()> {
-    let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
-    let dir = tempfile::tempdir()?;
-    let run = TrainRun {
-        model: &model,
-        output: dir.path().to_owned(),
-        resume: false,
-    };
-    let short = |objective| LoraTrainingConfig {
-        objective,
-        max_steps: Some(1),
-        ..config()
-    };
-    let head = TrainObjective::Head(HeadObjective::default());
-    train(&run, &short(head), &examples(Split::Train, 8), &[], &mut |_| ())?;
-    assert!(LengthHead::is_in(dir.path()) && LengthHead::is_in(&dir.path().join("last")));
-    let number = TrainExample {
-        prompt: Prompt::Instruction("x".to_owned()),
-        target: TrainTarget::Answer("5".to_owned()),
-    };
-    train(&run, &short(TrainObjective::Number), &[number], &[], &mut |_| ())?;
-    assert!(!LengthHead::is_in(dir.path()) && !LengthHead::is_in(&dir.path().join("last")));
-    Ok(())
-}
-
-#[test]
 fn an_example_without_lengths_is_named() -> anyhow::Result<()> {
     let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let dir = tempfile::tempdir()?;
@@ -119,13 +97,17 @@ fn an_example_without_lengths_is_named() -> anyhow::Result<()> {
         model: &model,
         output: dir.path().to_owned(),
         resume: false,
+        stop: &|| false,
     };
     let mut data = examples(Split::Train, 2);
     data[1].target = TrainTarget::Lengths(Vec::new());
     let err = train(&run, &config(), &data, &[], &mut |_| ())
         .err()
         .expect("no lengths");
-    assert!(matches!(err, LoraTrainingError::NoLengths { index: 1 }), "{err}");
+    assert!(
+        matches!(&err, LoraTrainingError::NoLengths { id, set: "training" } if *id == data[1].id),
+        "{err}"
+    );
     Ok(())
 }
 
@@ -150,6 +132,7 @@ fn emulated_runs_end_in_the_same_bits_resumed_or_not() -> anyhow::Result<()> {
             model: &model,
             output: dir.path().join(which),
             resume: false,
+            stop: &|| false,
         };
         if which == "killed" {
             let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

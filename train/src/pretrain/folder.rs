@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use candle_core::{DType, Tensor};
-use lengthwise_model::ModelConfig;
+use lengthwise_model::{ModelConfig, save_tensors};
 use tokenizers::Tokenizer;
 
 use super::PretrainError;
@@ -18,12 +18,13 @@ pub(super) fn write(
     tokenizer: &Tokenizer,
     parameters: &BTreeMap<String, Tensor>,
 ) -> Result<(), PretrainError> {
-    let io = |source| PretrainError::Io {
-        path: folder.display().to_string(),
-        source,
+    let write = |name: &str, text: String| {
+        let path = folder.join(name);
+        fs::write(&path, text).map_err(|source| PretrainError::Io {
+            path: path.display().to_string(),
+            source,
+        })
     };
-    fs::create_dir_all(folder).map_err(io)?;
-    let write = |name: &str, text: String| fs::write(folder.join(name), text).map_err(io);
     write("config.json", config.to_json())?;
     let generation = serde_json::json!({"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_ids});
     write("generation_config.json", format!("{generation:#}\n"))?;
@@ -43,6 +44,5 @@ pub(super) fn write(
     )?;
     let half = |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.to_dtype(DType::F16)?.detach()));
     let tensors: HashMap<String, Tensor> = parameters.iter().map(half).collect::<candle_core::Result<_>>()?;
-    candle_core::safetensors::save(&tensors, folder.join("model.safetensors"))?;
-    Ok(())
+    Ok(save_tensors(&tensors, &folder.join("model.safetensors"))?)
 }

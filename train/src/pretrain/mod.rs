@@ -10,6 +10,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use lengthwise_model::{Llama, ModelConfig, ModelError, RopeScaling, Weights};
 
+use crate::files::{FileError, lock_folder};
 use crate::language::{Split, examples};
 use crate::language_tokenizer::{self, TrainTokenizerError};
 use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate, Muon, MuonConfig, Schedule};
@@ -92,6 +93,15 @@ pub enum PretrainError {
         /// The loss.
         loss: f64,
     },
+    /// The folder has other files in it.
+    #[error("{path} is not empty: choose another --output, or remove it")]
+    NotEmpty {
+        /// The folder.
+        path: String,
+    },
+    /// The folder cannot be made, or another process writes it.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// The folder cannot be written.
     #[error("{path}: {source}")]
     Io {
@@ -108,15 +118,17 @@ impl From<candle_core::Error> for PretrainError {
     }
 }
 
-/// Trains the model and writes its folder in Hugging Face layout.
+/// Trains the model and writes its folder in Hugging Face layout, which must be empty or missing.
 ///
 /// # Errors
-/// The loss diverged, or the folder cannot be written.
+/// The loss diverged, or the folder is not empty or cannot be written.
 pub fn pretrain(
     config: &PretrainConfig,
     output: &Path,
     progress: &mut dyn FnMut(PretrainProgress),
 ) -> Result<(), PretrainError> {
+    let _lock = lock_folder(output)?;
+    check_empty(output)?;
     let corpus = language_tokenizer::corpus(config.seed, TOKENIZER_EXAMPLES);
     let tokenizer = language_tokenizer::train_tokenizer(&corpus, language_tokenizer::VOCAB_SIZE)?;
     let model = model_config(config);
@@ -124,7 +136,7 @@ pub fn pretrain(
     let tensors: HashMap<String, Tensor> = parameters.clone().into_iter().collect();
     let llama = Llama::new(&model, &Weights::from_tensors(tensors, DType::F32, &Device::Cpu))?;
     let mut optimisers = Optimisers::new(&parameters, config)?;
-    let mut packer = Packer::new(&tokenizer, config.batch_tokens / SHARDS);
+    let mut packer = Packer::new(&tokenizer, (config.batch_tokens / SHARDS).max(1));
     let mut chunk = 0;
     for step in 0..config.steps {
         let mut batch = Vec::with_capacity(SHARDS);
@@ -149,6 +161,16 @@ pub fn pretrain(
         });
     }
     folder::write(output, &model, &tokenizer, &parameters)
+}
+
+/// Somebody's model may be in there, or anything else.
+fn check_empty(folder: &Path) -> Result<(), PretrainError> {
+    let path = || folder.display().to_string();
+    let mut entries = std::fs::read_dir(folder).map_err(|source| PretrainError::Io { path: path(), source })?;
+    match entries.next() {
+        Some(_) => Err(PretrainError::NotEmpty { path: path() }),
+        None => Ok(()),
+    }
 }
 
 /// The two optimisers of a run: Muon for the blocks' matrices, AdamW for embeddings and norms.
@@ -231,5 +253,26 @@ fn model_config(config: &PretrainConfig) -> ModelConfig {
         bos_token_id: Some(0),
         eos_token_ids: vec![1],
         dtype: Some("float16".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_with_other_files_is_left_as_it_is() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        std::fs::write(dir.path().join("config.json"), "{}")?;
+        let config = PretrainConfig {
+            steps: 1,
+            ..PretrainConfig::default()
+        };
+        let err = pretrain(&config, dir.path(), &mut |_| ())
+            .expect_err("not empty")
+            .to_string();
+        assert!(err.contains("is not empty"), "{err}");
+        assert_eq!(std::fs::read_to_string(dir.path().join("config.json"))?, "{}");
+        Ok(())
     }
 }

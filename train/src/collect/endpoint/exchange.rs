@@ -20,8 +20,10 @@ pub(super) enum Failure {
         /// How long to wait, where the server said so.
         retry_after: Option<Duration>,
     },
-    /// No other try will succeed.
+    /// No other try will succeed, nor another request.
     Final(String),
+    /// No other try of this request will succeed; others may.
+    Refused(String),
     /// The prompt leaves no room for the answer in the model's context.
     TooLong { got: usize, max: usize },
 }
@@ -51,26 +53,33 @@ impl EndpointDecoder {
         if let Some(key) = &self.config.api_key {
             call = call.header("Authorization", format!("Bearer {key}"));
         }
-        let mut reply = call.send_json(&body).map_err(not_sent)?;
+        let mut reply = call.send_json(&body).map_err(|err| self.not_sent(err))?;
         let status = reply.status();
         let header = reply.headers().get("retry-after").and_then(|v| v.to_str().ok());
         let retry_after = header.and_then(seconds);
-        let text = reply.body_mut().read_to_string().map_err(Failure::passing)?;
+        let text = reply.body_mut().read_to_string().map_err(|err| self.not_sent(err))?;
         if status.is_success() {
             return answer(request, &text);
         }
         Err(refusal(request, status, retry_after, &text))
     }
-}
 
-/// What ureq could not send: a fault of the address stays, one of the connection may pass.
-fn not_sent(err: ureq::Error) -> Failure {
-    use ureq::Error;
-    match err {
-        Error::BadUri(_) | Error::Http(_) | Error::InvalidProxyUrl | Error::TooManyRedirects => {
-            Failure::Final(format!("the address cannot be used: {err}"))
+    /// What ureq could not send or read: a fault of the address stays, one of the connection may pass.
+    fn not_sent(&self, err: ureq::Error) -> Failure {
+        use ureq::{Error, Timeout};
+        match err {
+            Error::BadUri(_) | Error::Http(_) | Error::InvalidProxyUrl | Error::TooManyRedirects => {
+                Failure::Final(format!("the address cannot be used: {err}"))
+            }
+            Error::Timeout(Timeout::Connect | Timeout::Resolve) => {
+                Failure::passing("the server cannot be reached in time")
+            }
+            Error::Timeout(_) => {
+                let seconds = self.config.timeout.as_secs_f64();
+                Failure::passing(format!("no answer within {seconds} s"))
+            }
+            _ => Failure::passing(err),
         }
-        _ => Failure::passing(err),
     }
 }
 
@@ -101,6 +110,11 @@ fn refusal(request: &Request, status: StatusCode, retry_after: Option<Duration>,
     match status {
         StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Failure::Passing { reason, retry_after },
         _ if passes => Failure::Passing { reason, retry_after },
+        // The key, the account, the address or the model's name: every request would fare like this one.
+        StatusCode::UNAUTHORIZED | StatusCode::PAYMENT_REQUIRED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND => {
+            Failure::Final(reason)
+        }
+        _ if status.is_client_error() => Failure::Refused(reason),
         _ => Failure::Final(reason),
     }
 }

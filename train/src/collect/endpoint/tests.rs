@@ -226,6 +226,46 @@ fn a_refusal_is_final_and_carries_the_servers_words() {
 }
 
 #[test]
+fn a_fault_of_one_request_is_told_from_a_fault_of_all() {
+    for (code, refused) in [
+        ("400 Bad Request", true),
+        ("422 Unprocessable Entity", true),
+        ("401 Unauthorized", false),
+        ("403 Forbidden", false),
+    ] {
+        let (url, _) = server(move |_, received| match number(&received) {
+            0 => status(code, "no"),
+            _ => ok(9, "stop"),
+        });
+        // The second request is run whatever comes of the first, unless that is a fault of all.
+        let config = EndpointConfig {
+            concurrency: 1,
+            ..config(&url)
+        };
+        let (answers, result) = decode(config, 2);
+        let err = result.expect_err("failed");
+        let is_refused = matches!(&err, DecodeError::Refused { refusals, .. } if refusals[0].id.as_str() == "0");
+        assert_eq!((is_refused, answers.len()), (refused, usize::from(refused)), "{err:?}");
+    }
+}
+
+#[test]
+fn a_server_that_hangs_is_not_waited_for_without_end() {
+    let (url, count) = server(|_, _| {
+        std::thread::sleep(Duration::from_secs(3));
+        ok(9, "stop")
+    });
+    let config = EndpointConfig {
+        max_attempts: 2,
+        timeout: Duration::from_millis(200),
+        ..config(&url)
+    };
+    let err = decode(config, 1).1.expect_err("no answer").to_string();
+    assert!(err.contains("no answer within 0.2 s (gave up after 2 tries)"), "{err}");
+    assert_eq!(count.load(Ordering::SeqCst), 2);
+}
+
+#[test]
 fn a_failure_for_good_stops_the_run_and_keeps_what_was_answered() {
     // The first is refused at once; the second waits for a server that wants half a minute, and is not waited for.
     let (url, count) = server(|_, received| match number(&received) {
