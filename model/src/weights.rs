@@ -131,7 +131,8 @@ impl Weights {
         // A sum of finite values in f32 is finite far beyond what weights hold; NaN and infinity survive it.
         // Row by row: a GPU sums each in a block of its own, and all at once in a single one.
         let sums = tensor.to_dtype(DType::F32)?.sum(D::Minus1)?;
-        let sum = sums.sum_all()?.to_scalar::<f32>()?;
+        // A sum over no dimension, of a scalar, is none that candle has on a GPU.
+        let sum = sums.flatten_all()?.sum(0)?.to_scalar::<f32>()?;
         if !sum.is_finite() {
             return Err(ModelError::NonFiniteTensor { name: name.to_owned() });
         }
