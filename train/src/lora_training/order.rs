@@ -16,7 +16,12 @@ pub(super) struct Order {
 impl Order {
     /// Optimiser steps in one epoch; the last may be smaller.
     pub fn steps_per_epoch(&self) -> usize {
-        self.examples.div_ceil(self.batch_size * self.accumulation)
+        self.examples.div_ceil(self.per_step())
+    }
+
+    /// Examples of one step; more than there are stands for all.
+    fn per_step(&self) -> usize {
+        self.batch_size.saturating_mul(self.accumulation)
     }
 
     /// All examples in the order of an epoch, from 0.
@@ -30,9 +35,9 @@ impl Order {
     pub fn step(&self, step: usize) -> Vec<Vec<usize>> {
         let (epoch, within) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
         let order = self.shuffled(epoch as u64);
-        let per_step = self.batch_size * self.accumulation;
-        let end = ((within + 1) * per_step).min(self.examples);
-        order[within * per_step..end]
+        let begin = within * self.per_step();
+        let end = begin.saturating_add(self.per_step()).min(self.examples);
+        order[begin..end]
             .chunks(self.batch_size)
             .map(<[usize]>::to_vec)
             .collect()
@@ -60,5 +65,17 @@ mod tests {
             assert_eq!(seen, (0..23).collect::<Vec<_>>());
         }
         assert_eq!(order.step(2).iter().map(Vec::len).collect::<Vec<_>>(), [4, 3]);
+    }
+
+    #[test]
+    fn a_batch_larger_than_any_memory_is_the_whole_data() {
+        let order = Order {
+            examples: 3,
+            batch_size: usize::MAX / 2 + 1,
+            accumulation: 2,
+            seed: 5,
+        };
+        assert_eq!(order.steps_per_epoch(), 1);
+        assert_eq!(order.step(0).iter().map(Vec::len).collect::<Vec<_>>(), [3]);
     }
 }

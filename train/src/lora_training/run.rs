@@ -129,7 +129,7 @@ impl<'a> Trainer<'a> {
         (fingerprint, saved): (String, Option<Checkpoint>),
     ) -> Result<Self, LoraTrainingError> {
         let llama = run.model.network.as_ref();
-        let planned = config.epochs * data.order.steps_per_epoch();
+        let planned = config.epochs.saturating_mul(data.order.steps_per_epoch());
         let total_steps = config.max_steps.map_or(planned, |max| max.min(planned));
         let warmup_steps = (config.warmup_ratio * total_steps as f64).ceil() as usize;
         let rate = LearningRate {
