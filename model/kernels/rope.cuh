@@ -3,6 +3,29 @@
 #pragma once
 #include "common.cuh"
 
+// A head's norm, rounded before its weight as norm.cuh does; `w` null: none.
+template <typename T> struct HeadNorm {
+    const T *w;
+    float inverse;
+
+    __device__ float of(float x, int i) const { return w ? widen(narrow<T>(x * inverse)) * widen(w[i]) : x; }
+};
+
+// Writes neighbours of either half of a head, `a` from i on and `b` from i + half on, with their position turned in.
+// - cos, sin: of the position, [half]
+template <typename T>
+__device__ inline void store_turned(T *head, int i, int half, const float (&a)[2], const float (&b)[2],
+                                    const float *cos, const float *sin) {
+    const Pair<float> c = load_pair(cos + i), s = load_pair(sin + i);
+    Pair<T> left, right;
+    for (int j = 0; j < 2; j++) {
+        left.v[j] = narrow<T>(a[j] * c.v[j] - b[j] * s.v[j]);
+        right.v[j] = narrow<T>(b[j] * c.v[j] + a[j] * s.v[j]);
+    }
+    store_pair(head + i, left);
+    store_pair(head + i + half, right);
+}
+
 // One warp per head; a block's warps take neighbouring heads of one row. Halves of a head are even.
 // - qkv: [rows, (heads + 2 kv_heads) head_dim], the queries are changed where they lie
 // - keys, values: the layer's cache, [slots, kv_heads head_dim]
@@ -45,24 +68,21 @@ __device__ void rope_cache(T *qkv, T *keys, T *values, const float *cos, const f
         inverse = 1.0f / sqrtf(sum_lanes(squares, 32) / head_dim + eps);
     }
     const size_t angle = (size_t)positions[row] * half;
+    const HeadNorm<T> normed = {norm, inverse};
     for (int i = 2 * lane; i < half; i += 64) {
-        Pair<T> left = load_pair(from + i), right = load_pair(from + i + half);
-        const Pair<float> c = load_pair(cos + angle + i), s = load_pair(sin + angle + i);
+        const Pair<T> left = load_pair(from + i), right = load_pair(from + i + half);
+        float a[2], b[2];
         for (int j = 0; j < 2; j++) {
-            float a = widen(left.v[j]), b = widen(right.v[j]);
+            a[j] = widen(left.v[j]);
+            b[j] = widen(right.v[j]);
             if (add) {
-                a = widen(narrow<T>(a + widen(add[i + j])));
-                b = widen(narrow<T>(b + widen(add[i + half + j])));
+                a[j] = widen(narrow<T>(a[j] + widen(add[i + j])));
+                b[j] = widen(narrow<T>(b[j] + widen(add[i + half + j])));
             }
-            if (norm) {
-                a = widen(narrow<T>(a * inverse)) * widen(norm[i + j]);
-                b = widen(narrow<T>(b * inverse)) * widen(norm[i + half + j]);
-            }
-            left.v[j] = narrow<T>(a * c.v[j] - b * s.v[j]);
-            right.v[j] = narrow<T>(b * c.v[j] + a * s.v[j]);
+            a[j] = normed.of(a[j], i + j);
+            b[j] = normed.of(b[j], i + half + j);
         }
-        store_pair(to + i, left);
-        store_pair(to + i + half, right);
+        store_turned(to, i, half, a, b, cos + angle, sin + angle);
     }
 }
 

@@ -1,6 +1,7 @@
 // Row by row work of a training pass: copies, biases, positions, and the gradients of norm, positions and activation.
 #pragma once
 #include "common.cuh"
+#include "rope.cuh"
 
 #define NO_ROW 0xffffffffu
 
@@ -74,20 +75,15 @@ __device__ void turn_heads(T *out, const T *raw, const float *cos, const float *
         inverse = 1.0f / sqrtf(sum_lanes(squares, 32) / head_dim + eps);
     }
     const size_t angle = (size_t)positions[row] * half;
+    const HeadNorm<T> normed = {norm, inverse};
     for (int i = 2 * lane; i < half; i += 64) {
-        Pair<T> left = load_pair(from + i), right = load_pair(from + i + half);
-        const Pair<float> c = load_pair(cos + angle + i), s = load_pair(sin + angle + i);
+        const Pair<T> left = load_pair(from + i), right = load_pair(from + i + half);
+        float a[2], b[2];
         for (int j = 0; j < 2; j++) {
-            float a = widen(left.v[j]), b = widen(right.v[j]);
-            if (norm) {
-                a = widen(narrow<T>(a * inverse)) * widen(norm[i + j]);
-                b = widen(narrow<T>(b * inverse)) * widen(norm[i + half + j]);
-            }
-            left.v[j] = narrow<T>(a * c.v[j] - b * s.v[j]);
-            right.v[j] = narrow<T>(b * c.v[j] + a * s.v[j]);
+            a[j] = normed.of(widen(left.v[j]), i + j);
+            b[j] = normed.of(widen(right.v[j]), i + half + j);
         }
-        store_pair(to + i, left);
-        store_pair(to + i + half, right);
+        store_turned(to, i, half, a, b, cos + angle, sin + angle);
     }
 }
 

@@ -40,6 +40,16 @@ fn train(folder: &Folder, output: &str, flags: &[&str]) -> Result<Run> {
     run(&args)
 }
 
+/// That a run ended with `code` and said `text`.
+fn says(run: &Run, code: i32, text: &str) {
+    assert!(run.code == Some(code) && run.stderr.contains(text), "{}", run.stderr);
+}
+
+/// Arguments of a short `collect`.
+fn collecting<'a>(input: &'a str, output: &'a str) -> [&'a str; 7] {
+    ["collect", "--input", input, "--output", output, "--max-new-tokens", "5"]
+}
+
 #[test]
 fn a_finished_adapter_is_not_replaced() -> Result<()> {
     let folder = labelled()?;
@@ -60,28 +70,16 @@ fn a_finished_adapter_is_not_replaced() -> Result<()> {
         "{said}"
     );
     let finished = train(&folder, "head", &["--objective", "head", "--resume"])?;
-    assert!(
-        finished.code == Some(0) && finished.stderr.contains("which is finished"),
-        "{}",
-        finished.stderr
-    );
+    says(&finished, 0, "which is finished");
     let other = train(&folder, "head", &["--objective", "head", "--resume", "--seed", "5"])?;
-    assert!(
-        other.code == Some(1) && other.stderr.contains("(seed 0, now 5)"),
-        "{}",
-        other.stderr
-    );
+    says(&other, 1, "(seed 0, now 5)");
     assert!(before == bytes(), "something was written");
     // Whoever may read the settings may read the weights.
     let mode = |name: &str| fs::metadata(folder.path("head").join(name)).map(|m| m.permissions().mode());
     assert_eq!(mode("adapter_model.safetensors")?, mode("adapter_config.json")?);
     assert_eq!(mode("length_head.safetensors")?, mode("adapter_config.json")?);
     let begun = train(&folder, "new", &["--objective", "head", "--resume"])?;
-    assert!(
-        begun.code == Some(0) && begun.stderr.contains("holds no checkpoint"),
-        "{}",
-        begun.stderr
-    );
+    says(&begun, 0, "holds no checkpoint");
     Ok(())
 }
 
@@ -94,11 +92,7 @@ fn an_example_that_is_too_long_is_named() -> Result<()> {
     );
     fs::write(folder.path("pairs.jsonl"), folder.read("pairs.jsonl")? + &long)?;
     let refused = train(&folder, "adapter", &[])?;
-    assert!(
-        refused.code == Some(1) && refused.stderr.contains("example \"long one\" of the training data has"),
-        "{}",
-        refused.stderr
-    );
+    says(&refused, 1, "example \"long one\" of the training data has");
     Ok(())
 }
 
@@ -110,11 +104,7 @@ fn pairs_do_not_replace_the_samples() -> Result<()> {
     symlink("lengths.jsonl", folder.path("link.jsonl"))?;
     for output in [lengths.as_str(), &folder.text("link.jsonl")] {
         let refused = run(&["label", "--input", &lengths, "--output", output])?;
-        assert!(
-            refused.code == Some(2) && refused.stderr.contains("is the input"),
-            "{}",
-            refused.stderr
-        );
+        says(&refused, 2, "is the input");
     }
     assert_eq!(folder.read("lengths.jsonl")?, before);
     Ok(())
@@ -132,11 +122,7 @@ fn what_cannot_be_labelled_is_placed() -> Result<()> {
         &folder.text("out"),
     ];
     let refused = run(&args)?;
-    assert!(
-        refused.code == Some(1) && refused.stderr.contains("lengths.jsonl: record 12 has no instruction"),
-        "{}",
-        refused.stderr
-    );
+    says(&refused, 1, "lengths.jsonl: record 12 has no instruction");
     Ok(())
 }
 
@@ -160,11 +146,7 @@ fn an_output_through_a_link_or_to_standard_output_leaves_both_as_they_are() -> R
 fn a_folder_in_use_is_not_written_by_pretrain_nor_emptied_by_a_demo_that_cannot_begin() -> Result<()> {
     let folder = labelled()?;
     let refused = run(&["pretrain", "--steps", "1", "--output", &folder.text("")])?;
-    assert!(
-        refused.code == Some(1) && refused.stderr.contains("is not empty"),
-        "{}",
-        refused.stderr
-    );
+    says(&refused, 1, "is not empty");
     fs::create_dir(folder.path("demo"))?;
     for name in ["demo.json", "train-pairs.jsonl"] {
         fs::write(folder.path("demo").join(name), "{}\n")?;
@@ -216,15 +198,7 @@ fn a_conversation_is_learnt_from_as_it_was_sampled() -> Result<()> {
     let text = format!("[{{\"id\":\"a\",\"conversations\":[{several}]}},{{\"id\":\"b\",\"conversations\":[{one}]}}]");
     fs::write(folder.path("chat.json"), text)?;
     let (input, output) = (folder.text("chat.json"), folder.text("lengths.jsonl"));
-    let args = [
-        "collect",
-        "--input",
-        &input,
-        "--output",
-        &output,
-        "--max-new-tokens",
-        "5",
-    ];
+    let args = collecting(&input, &output);
     succeed(&args)?;
     label(&folder, &folder.text("pairs.jsonl"))?;
     for name in ["lengths.jsonl", "pairs.jsonl"] {
@@ -245,15 +219,7 @@ fn a_conversation_is_learnt_from_as_it_was_sampled() -> Result<()> {
 fn an_unfinished_collection_does_not_go_on_in_another_dtype() -> Result<()> {
     let folder = Folder::new(2)?;
     let (input, output) = (folder.text("in.jsonl"), folder.text("lengths.jsonl"));
-    let args = [
-        "collect",
-        "--input",
-        &input,
-        "--output",
-        &output,
-        "--max-new-tokens",
-        "5",
-    ];
+    let args = collecting(&input, &output);
     succeed(&args)?;
     // As if it had been killed before the end: its settings and one record.
     let settings = "{\"model\":\"tiny\",\"dtype\":\"f32\",\"kv_cache_dtype\":\"f32\",\"temperatures\":[0.0,0.3,0.5,0.7],\
@@ -264,11 +230,7 @@ fn an_unfinished_collection_does_not_go_on_in_another_dtype() -> Result<()> {
     fs::remove_file(folder.path("lengths.jsonl"))?;
     let other: Vec<&str> = args.iter().copied().chain(["--dtype", "bf16"]).collect();
     let refused = run(&other)?;
-    assert!(
-        refused.code == Some(1) && refused.stderr.contains("dtype \"f32\", now \"bf16\""),
-        "{}",
-        refused.stderr
-    );
+    says(&refused, 1, "dtype \"f32\", now \"bf16\"");
     succeed(&args)?;
     assert_eq!(folder.read("lengths.jsonl")?, lengths);
     Ok(())

@@ -8,7 +8,8 @@ use clap::{Args, ValueEnum};
 use lengthwise_model::{LoadedModel, LoraConfig, TargetModules};
 use lengthwise_train::files::{Pair, read_pairs};
 use lengthwise_train::lora_training::{
-    HeadObjective, LoraTrainingConfig, TrainExample, TrainObjective, TrainOutcome, TrainRun, invocation_tokens, train,
+    HeadObjective, LoraTrainingConfig, TrainExample, TrainObjective, TrainOutcome, TrainRun, check_output,
+    invocation_tokens, train,
 };
 use lengthwise_train::optim::Schedule;
 
@@ -174,6 +175,7 @@ impl TrainArgs {
 }
 
 pub fn run(global: &Global, args: &TrainArgs) -> anyhow::Result<()> {
+    check_output(&args.output, args.resume)?;
     let data = read_pairs(&args.data)?;
     let eval = args
         .eval_data

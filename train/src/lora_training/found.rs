@@ -18,16 +18,20 @@ pub(super) enum Found {
     Finished(RunState),
 }
 
-/// Without `resume`: nothing that training would replace may be there.
-pub(super) fn refuse_what_is_there(run: &TrainRun) -> Result<(), LoraTrainingError> {
-    let path = || run.output.clone();
-    if run.resume {
+/// Without `resume`: that a run's folder holds nothing which training would replace. [`super::train`] checks it too; whoever
+/// has a large model to load asks before.
+///
+/// # Errors
+/// There is an adapter, or a run that did not end.
+pub fn check_output(output: &Path, resume: bool) -> Result<(), LoraTrainingError> {
+    let path = || output.to_owned();
+    if resume {
         return Ok(());
     }
-    if checkpoint::newest(&run.output).is_some() {
+    if checkpoint::newest(output).is_some() {
         return Err(LoraTrainingError::Unfinished { path: path() });
     }
-    match holds_adapter(&run.output) {
+    match holds_adapter(output) {
         true => Err(LoraTrainingError::Occupied { path: path() }),
         false => Ok(()),
     }

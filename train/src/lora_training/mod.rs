@@ -24,6 +24,7 @@ use crate::files::FileError;
 use crate::optim::Schedule;
 
 pub use activation::invocation_tokens;
+pub use found::check_output;
 pub use objective::{HeadObjective, TrainExample, TrainObjective, TrainTarget};
 pub use run::{TrainOutcome, train};
 
