@@ -173,13 +173,30 @@ pub fn actual_length(record: &LengthRecord, actual: &str) -> anyhow::Result<u32>
 
 #[cfg(test)]
 mod tests {
-    use super::parse_bytes;
+    use super::{parse_bytes, parse_tokens};
+
+    #[test]
+    fn a_cache_has_room_for_something_and_not_for_more_than_there_is() {
+        assert_eq!((parse_tokens("1"), parse_tokens("4096")), (Ok(1), Ok(4096)));
+        for text in ["0", "-1", "", "2G", "1099511627777", "18446744073709551615"] {
+            parse_tokens(text).expect_err(text);
+        }
+    }
 
     #[test]
     fn bytes_have_a_unit_or_none() {
-        let read: Vec<_> = ["0", "1500", "3K", "512M", "2g"].map(parse_bytes).into();
-        assert_eq!(read, [Ok(0), Ok(1500), Ok(3072), Ok(512 << 20), Ok(2 << 30)]);
-        for text in ["", "M", "-1", "1.5G", "2GB", "99999999999999999999", "99999999999G"] {
+        let read: Vec<_> = ["1", "1500", "3K", "512M", "2g"].map(parse_bytes).into();
+        assert_eq!(read, [Ok(1), Ok(1500), Ok(3072), Ok(512 << 20), Ok(2 << 30)]);
+        for text in [
+            "",
+            "0",
+            "M",
+            "-1",
+            "1.5G",
+            "2GB",
+            "99999999999999999999",
+            "99999999999G",
+        ] {
             parse_bytes(text).expect_err(text);
         }
     }
