@@ -176,8 +176,8 @@ impl Sequence {
         }
     }
 
-    /// Forgets what the cache holds and what has not been seen; the tokens stay, and are run again. The sampler is the one that stands where this
-    /// one does, without its memory for a vocabulary.
+    /// Forgets what the cache holds and what has not been seen; the tokens stay, and are run again. The sampler is the one
+    /// that stands where this one does, without its memory for a vocabulary.
     pub fn evict(&mut self) -> BlockTable {
         self.cached = 0;
         self.tokens.truncate(self.tokens.len() - self.unseen);

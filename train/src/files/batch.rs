@@ -177,8 +177,8 @@ mod tests {
 
     #[test]
     fn fields_that_ask_for_nothing_are_no_matter() {
-        let body = json!({"messages": [{"role": "user", "content": "a"}], "stop": null, "tools": [], "tool_choice": "none", "stream": false, "n": 1,
-            "response_format": {"type": "text"}, "modalities": ["text"], "presence_penalty": 0});
+        let body = json!({"messages": [{"role": "user", "content": "a"}], "stop": null, "tools": [], "n": 1,
+            "tool_choice": "none", "stream": false, "response_format": {"type": "text"}, "modalities": ["text"], "presence_penalty": 0});
         assert!(parse(body).is_ok());
     }
 
