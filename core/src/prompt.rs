@@ -4,11 +4,27 @@ use serde::{Deserialize, Serialize};
 
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "Turn")]
 pub struct ChatMessage {
     /// `system`, `user` or `assistant`.
     pub role: String,
     /// The text of the turn.
     pub content: String,
+}
+
+/// A turn as it came from outside.
+#[derive(Deserialize)]
+struct Turn {
+    role: String,
+    content: String,
+}
+
+impl TryFrom<Turn> for ChatMessage {
+    type Error = ChatError;
+
+    fn try_from(turn: Turn) -> Result<Self, ChatError> {
+        Self::new(&turn.role, turn.content)
+    }
 }
 
 /// Why turns are no conversation that a model can be asked to go on with.

@@ -121,9 +121,11 @@ impl StaticExecutor<'_> {
             return Ok(());
         }
         for mut row in part.extract_if(.., |row| row.sequence.finish.is_none() && asked.has(row.id())) {
+            // What the pass in flight gives it was computed, too.
+            let steps = row.steps() + u32::from(row.sequence.is_unseen());
             self.engine.evict(&mut row.sequence);
-            run.slot_steps += u64::from(row.steps());
-            run.steps = run.steps.max(row.steps());
+            run.slot_steps += u64::from(steps);
+            run.steps = run.steps.max(steps);
             run.outcomes.push((row.id().clone(), Outcome::Cancelled));
             (self.on_output)(row.sequence.into_output())?;
         }
@@ -195,8 +197,9 @@ impl StaticExecutor<'_> {
             .map(|r| u64::from(r.sequence.generated_uncached()))
             .sum::<u64>();
         let result = self.run_rows(&mut part, stop_at, &mut run);
-        // Where the last row's end was seen a pass late.
-        let in_vain = u32::from(self.engine.forget_ahead());
+        // Where the last row's end was seen a pass late. Rows that were cancelled have counted the pass that was on its way.
+        let is_late = self.engine.forget_ahead() && !part.is_empty();
+        let in_vain = u32::from(is_late);
         if result.is_err() {
             part.iter_mut().for_each(|row| self.engine.evict(&mut row.sequence));
         }

@@ -124,8 +124,7 @@ def in_the_passes(c: Commands) -> list[Part]:
     predictions, and without them the same run admits by the recorded lengths."""
     make_pairs = [c.python, str(HERE / "pairs.py"), str(c.pairs), str(16 if c.dry else 1024)]
     train = [c.args.lengthwise, "train", *c.common, "--dtype", c.dtype, "--data", str(c.pairs), "--output", str(c.adapter)]
-    # --resume: one that an earlier call made serves again.
-    train += ["--objective", "head", "--alora", "--max-steps", "1", "--batch-size", "4", "--resume"]
+    train += ["--objective", "head", "--alora", "--max-steps", "1", "--batch-size", "4"]
     in_order = c.twice(c.args.slots, "--order", "fcfs")
     # How many lengths were predicted is a line of the log.
     in_passes = ["env", "RUST_LOG=info", *in_order, "--adapter", str(c.adapter)]

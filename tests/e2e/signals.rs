@@ -137,7 +137,7 @@ fn a_training_that_is_asked_to_end_keeps_its_last_step() -> Result<()> {
             "--batch-size",
             "4",
             "--epochs",
-            "4",
+            "12",
             "--output",
             output,
         ]

@@ -104,8 +104,10 @@ pub fn run(global: &Global, args: &CollectArgs) -> anyhow::Result<()> {
     let (written, left_out) = (summary.records.len(), summary.refused.len() + summary.too_long.len());
     if left_out > 0 {
         tracing::warn!(
-            "{left_out} of {} instructions were left out: the server refused them",
-            instructions.len()
+            "{left_out} of {} instructions were left out: {} too long, {} refused",
+            instructions.len(),
+            summary.too_long.len(),
+            summary.refused.len()
         );
     }
     tracing::info!("lengths of {written} instructions written to {}", args.output.display());

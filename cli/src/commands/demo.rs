@@ -127,6 +127,8 @@ fn check_is_ours(folder: &Path) -> anyhow::Result<()> {
 
 /// Makes the folder, or empties one that an earlier demo made.
 fn prepare(folder: &Path) -> anyhow::Result<()> {
+    // Again: a model takes its time to load.
+    check_is_ours(folder)?;
     if is_in_use(folder)? {
         std::fs::remove_dir_all(folder).with_context(|| folder.display().to_string())?;
     }

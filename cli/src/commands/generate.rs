@@ -9,6 +9,7 @@ use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use lengthwise_core::{DecodeError, FinishReason, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{Controls, LocalDecoder, PredictedRequest, Prober, SequenceOutput, run_controlled};
+use lengthwise_model::DTypeChoice;
 use lengthwise_scheduler::{Planning, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
@@ -64,7 +65,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let mut settings = serde_json::json!({
         "model": global.model, "seed": global.seed, "temperature": args.temperature, "top_p": args.top_p,
         "top_k": args.top_k, "max_new_tokens": args.schedule.max_new_tokens,
-        "dtype": format!("{:?}", global.dtype), "kv_cache_dtype": format!("{:?}", args.cache.kv_cache_dtype),
+        "dtype": dtype(global)?, "kv_cache_dtype": format!("{:?}", args.cache.kv_cache_dtype),
     });
     if let Some(quantization) = args.weights.quantize {
         settings["quantize"] = format!("{quantization:?}").into();
@@ -133,6 +134,15 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
         true => print_json(&StrategyReport { strategies: vec![row] }),
         false => Ok(()),
     }
+}
+
+/// What answers are computed in, as far as it can be told before the model is opened.
+fn dtype(global: &Global) -> anyhow::Result<String> {
+    Ok(match global.dtype {
+        DTypeChoice::Auto if global.device()?.is_cpu() => format!("{:?}", DTypeChoice::F32),
+        // The checkpoint's own, which follows from the model.
+        choice => format!("{choice:?}"),
+    })
 }
 
 /// What is said of a run that was asked to end before it was done.

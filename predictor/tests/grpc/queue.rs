@@ -90,7 +90,7 @@ async fn nobody_waits_for_others_beyond_half_of_the_time_to_a_deadline() -> Resu
     let control = Control::default();
     let (queue, _worker) = PredictQueue::start(Box::new(Scripted(control.clone())), config)?;
     let began = Instant::now();
-    let deadline = Some(began + Duration::from_secs(2));
+    let deadline = Some(began + Duration::from_secs(10));
     // The first would wait for ever, but goes with the second.
     let both = async {
         tokio::join!(
@@ -100,7 +100,7 @@ async fn nobody_waits_for_others_beyond_half_of_the_time_to_a_deadline() -> Resu
     };
     let (first, second) = tokio::time::timeout(Duration::from_secs(20), both).await?;
     assert_eq!((first?.max_tokens, second?.max_tokens), (1, 2));
-    assert!(began.elapsed() >= Duration::from_millis(900), "nothing was waited for");
+    assert!(began.elapsed() >= Duration::from_secs(4), "nothing was waited for");
     assert_eq!(control.batches(), [["1", "22"]]);
     Ok(())
 }

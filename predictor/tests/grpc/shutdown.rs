@@ -125,7 +125,8 @@ async fn the_server_ends_after_its_grace_and_tells_how_many_it_left_unanswered()
     };
     let held = [call("hold"), call("1"), call("22")];
     control.begun(1).await;
-    tokio::time::sleep(Duration::from_millis(200)).await;
+    // Until the others have arrived.
+    tokio::time::sleep(Duration::from_secs(2)).await;
     let message = server.stop().await.unwrap_err().to_string();
     assert!(message.starts_with("3 accepted requests were dropped"), "{message}");
     assert!(message.contains("within 0.1 s"), "{message}");

@@ -198,7 +198,11 @@ impl<'a> Collection<'a> {
             });
         }
         let ids = |places: &BTreeSet<usize>| places.iter().map(|&place| id(place)).collect();
-        let (too_long, refused) = (ids(&self.too_long), ids(&self.refused));
+        let (too_long, refused): (Vec<_>, Vec<_>) = (ids(&self.too_long), ids(&self.refused));
+        if !self.records.is_empty() && self.records.iter().all(Option::is_none) {
+            let (too_long, refused) = (too_long.len(), refused.len());
+            return Err(CollectError::NothingLeft { too_long, refused });
+        }
         let records: Vec<LengthRecord> = self.records.into_iter().flatten().collect();
         let text: String = records.iter().map(|r| line(r) + "\n").collect();
         self.journal.finish(&text)?;

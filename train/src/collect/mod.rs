@@ -119,6 +119,14 @@ pub enum CollectError {
         /// What the server said.
         reason: String,
     },
+    /// Every instruction was left out.
+    #[error("no instruction can be answered: {too_long} are too long for the model, {refused} were refused")]
+    NothingLeft {
+        /// Whose prompts do not fit.
+        too_long: usize,
+        /// That the server would not run.
+        refused: usize,
+    },
     /// The decoder ended without an error and without all answers.
     #[error("instruction {id} got {got} of its {wanted} samples: the decoder lost the others")]
     Unanswered {
@@ -216,24 +224,4 @@ impl CollectJob<'_> {
             }
         }
     }
-}
-
-/// [`CollectJob::run`] where an instruction that is too long is an error.
-///
-/// # Errors
-/// See [`CollectError`].
-pub fn collect(
-    instructions: &[InstructionRecord],
-    decoder: &mut dyn Decoder,
-    config: &CollectConfig,
-    output: &Path,
-    progress: &mut dyn FnMut(CollectProgress),
-) -> Result<Vec<LengthRecord>, CollectError> {
-    let job = CollectJob {
-        instructions,
-        config,
-        output,
-        skip_too_long: false,
-    };
-    Ok(job.run(decoder, progress)?.records)
 }

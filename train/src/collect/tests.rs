@@ -8,6 +8,23 @@ use proptest::prelude::*;
 use super::*;
 use crate::files::read_lengths;
 
+/// [`CollectJob::run`] where an instruction that is too long is an error.
+fn collect(
+    instructions: &[InstructionRecord],
+    decoder: &mut dyn Decoder,
+    config: &CollectConfig,
+    output: &Path,
+    progress: &mut dyn FnMut(CollectProgress),
+) -> Result<Vec<LengthRecord>, CollectError> {
+    let job = CollectJob {
+        instructions,
+        config,
+        output,
+        skip_too_long: false,
+    };
+    Ok(job.run(decoder, progress)?.records)
+}
+
 /// Answers with a length that depends on the seed alone, in reverse order, and fails after `left` responses. Like the
 /// local decoder it checks every prompt first.
 struct Seeded {

@@ -23,6 +23,11 @@ pub fn write_atomic(path: &Path, content: impl AsRef<[u8]>) -> Result<(), FileEr
     }
 }
 
+/// Whether a name stands for a pipe, a terminal or an open file, which can be written once and not replaced.
+pub(super) fn is_stream(path: &Path) -> bool {
+    target(path) == Target::Stream
+}
+
 /// What a name stands for.
 #[derive(Debug, PartialEq)]
 enum Target {
@@ -51,9 +56,30 @@ fn target(path: &Path) -> Target {
     Target::File(name)
 }
 
-/// At the end of what is there already: `lengthwise … --output /dev/stdout >> file` adds to the file.
+/// At the end of what is there already: `lengthwise … --output /dev/stdout >> file` adds to the file. Standard output itself
+/// is not opened a second time, since what is printed later would begin where it stands.
 fn write_through(path: &Path, content: &[u8]) -> std::io::Result<()> {
-    OpenOptions::new().append(true).open(path)?.write_all(content)
+    let mut to = OpenOptions::new().append(true).open(path)?;
+    if is_standard_output(&to) {
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(content)?;
+        return stdout.flush();
+    }
+    to.write_all(content)
+}
+
+#[cfg(unix)]
+fn is_standard_output(file: &File) -> bool {
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::MetadataExt;
+    let stdout = std::io::stdout().as_fd().try_clone_to_owned().map(File::from);
+    let place = |file: &File| file.metadata().map(|there| (there.dev(), there.ino()));
+    matches!((stdout.and_then(|out| place(&out)), place(file)), (Ok(a), Ok(b)) if a == b)
+}
+
+#[cfg(not(unix))]
+fn is_standard_output(_: &File) -> bool {
+    false
 }
 
 fn replace(path: &Path, content: &[u8]) -> Result<(), FileError> {

@@ -75,7 +75,7 @@ pub(super) fn parse_batch(value: &Value) -> Result<InstructionRecord, String> {
 
 fn parse_body(value: &Value) -> Result<BatchBody, String> {
     let raw = RawBody::deserialize(value).map_err(|err| err.to_string())?;
-    if let Some(field) = NOT_FOLLOWED.into_iter().find(|field| asks(&value[*field])) {
+    if let Some(field) = NOT_FOLLOWED.into_iter().find(|field| asks(field, &value[*field])) {
         return Err(format!(
             "{field} is not followed: remove it to have the request answered without"
         ));
@@ -104,16 +104,18 @@ fn parse_body(value: &Value) -> Result<BatchBody, String> {
     })
 }
 
-/// Whether a field's value asks for anything.
-fn asks(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => false,
-        Value::Bool(true) => true,
-        Value::Number(number) => number.as_f64() != Some(0.0),
-        Value::String(text) => !matches!(text.as_str(), "" | "none"),
-        Value::Array(items) => items.iter().any(|item| item != "text"),
-        // A response_format that is the usual one.
-        Value::Object(fields) => !fields.is_empty() && fields.get("type").is_none_or(|kind| kind != "text"),
+/// Whether a field's value asks for anything but what is done anyway.
+fn asks(field: &str, value: &Value) -> bool {
+    match (field, value) {
+        (_, Value::Null | Value::Bool(false)) => false,
+        (_, Value::Number(number)) => number.as_f64() != Some(0.0),
+        // Without tools, which are refused, both are the same.
+        ("tool_choice", Value::String(choice)) => !matches!(choice.as_str(), "none" | "auto"),
+        ("modalities", Value::Array(kinds)) => kinds.iter().any(|kind| kind != "text"),
+        ("response_format", Value::Object(format)) => format.get("type").is_none_or(|kind| kind != "text"),
+        (_, Value::Array(items)) => !items.is_empty(),
+        (_, Value::Object(fields)) => !fields.is_empty(),
+        (_, Value::Bool(true) | Value::String(_)) => true,
     }
 }
 
@@ -178,7 +180,8 @@ mod tests {
     #[test]
     fn fields_that_ask_for_nothing_are_no_matter() {
         let body = json!({"messages": [{"role": "user", "content": "a"}], "stop": null, "tools": [], "n": 1,
-            "tool_choice": "none", "stream": false, "response_format": {"type": "text"}, "modalities": ["text"], "presence_penalty": 0});
+            "tool_choice": "auto", "stream": false, "response_format": {"type": "text"},
+            "modalities": ["text"], "presence_penalty": 0});
         assert!(parse(body).is_ok());
     }
 
@@ -200,6 +203,9 @@ mod tests {
             (json!({"top_p": 0.0}), "top_p is 0"),
             (json!({"max_tokens": 0}), "max_tokens is 0"),
             (json!({"stop": ["3"]}), "stop is not followed"),
+            (json!({"stop": ["text"]}), "stop is not followed"),
+            (json!({"stop": "none"}), "stop is not followed"),
+            (json!({"tool_choice": "required"}), "tool_choice is not followed"),
             (json!({"presence_penalty": 0.5}), "presence_penalty is not followed"),
             (
                 json!({"response_format": {"type": "json_object"}}),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
+use super::atomic::is_stream;
 use super::lock::lock_file;
 use super::{FileError, beside, folder_of, io, write_atomic};
 
@@ -32,6 +33,10 @@ impl Journal {
     /// # Errors
     /// `output` is complete already, the journal was begun with other settings, or another process holds it.
     pub fn open(output: &Path, settings: &str) -> Result<(Self, Vec<String>), FileError> {
+        if is_stream(output) {
+            let reason = "it is no file, and what is finished is kept beside a file until all is: name one";
+            return Err(refuse(output, reason));
+        }
         let partial = beside(output, ".partial");
         if output.exists() && !partial.exists() {
             return Err(complete(output));

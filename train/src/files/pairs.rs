@@ -88,6 +88,9 @@ pub fn read_pairs(path: &Path) -> Result<Vec<Pair>, FileError> {
         if pair.instruction.trim().is_empty() {
             return Err(records.bad(record, "the instruction is empty"));
         }
+        if !pair.messages.is_empty() {
+            Prompt::chat(pair.messages.clone()).map_err(|err| records.bad(record, err.to_string()))?;
+        }
         seen.add(&records, record, &pair.id)?;
         pairs.push(pair);
     }

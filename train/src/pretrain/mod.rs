@@ -10,7 +10,7 @@ use std::path::Path;
 use candle_core::{DType, Device, Tensor};
 use lengthwise_model::{Llama, ModelConfig, ModelError, RopeScaling, Weights};
 
-use crate::files::{FileError, lock_folder};
+use crate::files::{FileError, beside, lock_folder};
 use crate::language::{Split, examples};
 use crate::language_tokenizer::{self, TrainTokenizerError};
 use crate::optim::{AdamW, AdamWConfig, Gradients, LearningRate, Muon, MuonConfig, Schedule};
@@ -160,7 +160,21 @@ pub fn pretrain(
             tokens: batch.iter().map(PackedExamples::tokens).sum(),
         });
     }
-    folder::write(output, &model, &tokenizer, &parameters)
+    // Beside it first, so that the folder is empty or whole.
+    let failed = |path: &Path, source| PretrainError::Io {
+        path: path.display().to_string(),
+        source,
+    };
+    let output = output.canonicalize().map_err(|err| failed(output, err))?;
+    let staged = beside(&output, &format!(".tmp-{}", std::process::id()));
+    std::fs::create_dir(&staged).map_err(|err| failed(&staged, err))?;
+    let written = folder::write(&staged, &model, &tokenizer, &parameters)
+        .and_then(|()| std::fs::rename(&staged, &output).map_err(|err| failed(&output, err)));
+    if written.is_err() {
+        // The first error is the one to tell.
+        let _ = std::fs::remove_dir_all(&staged);
+    }
+    written
 }
 
 /// Somebody's model may be in there, or anything else.
