@@ -1,5 +1,6 @@
 //! Numbers of flags: what is out of range is wrong usage, said before anything is done.
 
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 
 /// A number from 0 to 1.
@@ -20,6 +21,14 @@ pub fn positive<T: FromStr + Copy + Into<f64>>(text: &str) -> Result<T, String> 
 /// A number that is 0 or more.
 pub fn not_negative<T: FromStr + Copy + Into<f64>>(text: &str) -> Result<T, String> {
     number(text, |n| n >= 0.0, "a number, 0 or more")
+}
+
+/// A whole number from 1 to `most`: beyond it no machine has the memory, or the time.
+pub fn up_to(most: usize) -> impl Fn(&str) -> Result<NonZeroUsize, String> + Clone {
+    move |text| {
+        let number = text.parse::<NonZeroUsize>().ok().filter(|n| n.get() <= most);
+        number.ok_or_else(|| format!("expected a whole number from 1 to {most}"))
+    }
 }
 
 /// A finite number that `is_allowed`; what rounds to infinity in `T` is not finite.
@@ -52,6 +61,10 @@ mod tests {
         fraction::<f64>("1.1").expect_err("above 1");
         fraction_below_one("1").expect_err("1");
         positive::<f64>("0").expect_err("0");
+        assert_eq!(up_to(8)("8").map(NonZeroUsize::get), Ok(8));
+        for text in ["0", "9", "-1", "1.5", "18446744073709551616"] {
+            up_to(8)(text).expect_err(text);
+        }
         // Finite, and not so in 32 bits.
         not_negative::<f32>("1e39").expect_err("too large");
     }

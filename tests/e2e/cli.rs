@@ -102,7 +102,7 @@ fn a_number_out_of_range_is_wrong_usage() -> Result<()> {
     let train = ["train", "--data", "x", "--output", "y"];
     let collect = ["collect", "--input", "x", "--output", "y"];
     let pretrain = ["pretrain", "--output", "y"];
-    let cases: [(&[&str], &str, &[&str]); 19] = [
+    let cases: &[(&[&str], &str, &[&str])] = &[
         (&train, "--lora-dropout", &["nan", "1", "-0.1", "inf"]),
         (&train, "--learning-rate", &["-1", "nan", "0"]),
         (&train, "--warmup-ratio", &["2", "-1", "nan"]),
@@ -112,7 +112,7 @@ fn a_number_out_of_range_is_wrong_usage() -> Result<()> {
         (&train, "--calibration-share", &["1", "nan"]),
         (&train, "--smoothing", &["-1", "nan"]),
         (&train, "--max-steps", &["0"]),
-        (&train, "--lora-r", &["0"]),
+        (&train, "--lora-r", &["0", "4294967295", "18446744073709551615"]),
         (&train, "--batch-size", &["0"]),
         (&train, "--epochs", &["0"]),
         (&train, "--save-steps", &["0"]),
@@ -122,9 +122,10 @@ fn a_number_out_of_range_is_wrong_usage() -> Result<()> {
         (&collect, "--temperatures", &["nan", "-1", "inf", "0,-1"]),
         (&collect, "--samples-per-temperature", &["0", "4294967295"]),
         (&["demo"], "--epochs", &["0"]),
+        (&["demo"], "--train-instructions", &["0", "18446744073709551615"]),
     ];
     for (command, flag, values) in cases {
-        for value in values {
+        for value in *values {
             let flag_and_value = format!("{flag}={value}");
             let args: Vec<&str> = command.iter().copied().chain([flag_and_value.as_str()]).collect();
             let got = run(&args)?;

@@ -30,6 +30,7 @@ use crate::args::Global;
 use crate::inputs::{default_slots, local_decoder};
 use crate::interrupt::end_saying;
 use crate::output::{print, print_json};
+use crate::parse;
 use crate::predictions::{ADMIT_QUANTILE, ask, local_predictor, scheduled_length};
 use crate::report::{ReportData, Source};
 use crate::table::Table;
@@ -41,16 +42,16 @@ pub struct DemoArgs {
     #[arg(long, default_value = "lengthwise-demo")]
     output: PathBuf,
     /// Instructions that the adapter is tuned on
-    #[arg(long, default_value = "2400")]
+    #[arg(long, default_value = "2400", value_parser = parse::up_to(1_000_000))]
     train_instructions: NonZeroUsize,
     /// Other instructions, which the predictors are tested on and the strategies answer
-    #[arg(long, default_value = "256")]
+    #[arg(long, default_value = "256", value_parser = parse::up_to(1_000_000))]
     test_instructions: NonZeroUsize,
     /// Sequences in a batch
     #[arg(long, default_value = "16")]
     batch_size: NonZeroUsize,
     /// Passes over the pairs
-    #[arg(long, default_value = "7")]
+    #[arg(long, default_value = "7", value_parser = parse::up_to(1_000_000))]
     epochs: NonZeroUsize,
 }
 

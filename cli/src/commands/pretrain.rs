@@ -10,6 +10,7 @@ use lengthwise_train::pretrain::{PretrainConfig, pretrain};
 use crate::args::Global;
 use crate::interrupt::end_saying;
 use crate::output::print_json;
+use crate::parse;
 use crate::progress::{Bar, rate};
 
 /// Flags of `pretrain`.
@@ -22,7 +23,7 @@ pub struct PretrainArgs {
     #[arg(long, default_value_t = at_least_one(PretrainConfig::default().steps))]
     steps: NonZeroUsize,
     /// Tokens of a step's batch
-    #[arg(long, default_value_t = at_least_one(PretrainConfig::default().batch_tokens))]
+    #[arg(long, default_value_t = at_least_one(PretrainConfig::default().batch_tokens), value_parser = parse::up_to(1 << 22))]
     batch_tokens: NonZeroUsize,
 }
 

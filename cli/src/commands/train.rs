@@ -50,7 +50,7 @@ pub struct TrainArgs {
     #[arg(long, default_value_t = HeadObjective::default().calibration_share, value_parser = parse::fraction_below_one)]
     calibration_share: f64,
     /// Rank
-    #[arg(long, default_value = "8")]
+    #[arg(long, default_value = "8", value_parser = parse::up_to(8192))]
     lora_r: NonZeroUsize,
     /// The low-rank term is multiplied by alpha / r
     #[arg(long, default_value_t = 16.0, value_parser = parse::positive::<f64>)]
@@ -69,7 +69,7 @@ pub struct TrainArgs {
     #[arg(long)]
     alora: bool,
     /// Passes over the data [default: 3, with --objective head 7]
-    #[arg(long)]
+    #[arg(long, value_parser = parse::up_to(1_000_000))]
     epochs: Option<NonZeroUsize>,
     /// Most optimiser steps
     #[arg(long)]

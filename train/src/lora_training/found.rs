@@ -6,7 +6,7 @@ use lengthwise_model::LengthHead;
 
 use super::checkpoint::{self, Checkpoint, RunState};
 use super::{LoraTrainingError, TrainRun};
-use crate::files::differences;
+use crate::files::{differences, lock_folder};
 
 /// What a run finds in its output folder.
 pub(super) enum Found {
@@ -18,12 +18,20 @@ pub(super) enum Found {
     Finished(RunState),
 }
 
-/// Without `resume`: that a run's folder holds nothing which training would replace. [`super::train`] checks it too; whoever
-/// has a large model to load asks before.
+/// Whether a run can have its folder: nobody else does, and without `resume` it holds nothing that training would replace.
+/// [`super::train`] checks it too; whoever has a large model to load asks before.
 ///
 /// # Errors
-/// There is an adapter, or a run that did not end.
+/// Another process trains there, there is an adapter, or a run that did not end.
 pub fn check_output(output: &Path, resume: bool) -> Result<(), LoraTrainingError> {
+    if output.is_dir() {
+        drop(lock_folder(output)?);
+    }
+    refuse_what_is_there(output, resume)
+}
+
+/// Without `resume`: nothing that training would replace may be there.
+pub(super) fn refuse_what_is_there(output: &Path, resume: bool) -> Result<(), LoraTrainingError> {
     let path = || output.to_owned();
     if resume {
         return Ok(());

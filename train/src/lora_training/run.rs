@@ -49,7 +49,7 @@ pub fn train(
 ) -> Result<TrainOutcome, LoraTrainingError> {
     check(config, examples)?;
     let _lock = lock_folder(&run.output)?;
-    found::check_output(&run.output, run.resume)?;
+    found::refuse_what_is_there(&run.output, run.resume)?;
     let _memory = run.model.network.training_memory();
     let data = Data::new(run, config, examples, eval)?;
     let fingerprint = fingerprint(run, config, &data);
