@@ -1,5 +1,7 @@
 //! The flags that every command takes.
 
+use std::sync::OnceLock;
+
 use candle_core::Device;
 use clap::{Args, Parser};
 use lengthwise_model::{DTypeChoice, LoadedModel, Precision, Quantization, TINY};
@@ -43,6 +45,9 @@ pub struct Global {
     /// Only warnings on standard error; twice for errors alone
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub quiet: u8,
+    /// What [`Global::device`] has opened.
+    #[arg(skip)]
+    opened: OnceLock<Device>,
 }
 
 pub fn parse_dtype(text: &str) -> Result<DTypeChoice, String> {
@@ -56,9 +61,13 @@ pub fn parse_dtype(text: &str) -> Result<DTypeChoice, String> {
 }
 
 impl Global {
-    /// The device asked for, or the best there is.
+    /// The device asked for, or the best there is; opened once, however often it is asked for.
     pub fn device(&self) -> anyhow::Result<Device> {
-        device::open(self.device)
+        if let Some(opened) = self.opened.get() {
+            return Ok(opened.clone());
+        }
+        let device = device::open(self.device)?;
+        Ok(self.opened.get_or_init(|| device).clone())
     }
 
     /// The model asked for.

@@ -211,12 +211,7 @@ impl Demo<'_> {
         let (rank, n) = (config.lora.r, pairs.len());
         tracing::info!("train: an adapter of rank {rank} on {n} pairs, {name}");
         let output = self.path(name);
-        let run = TrainRun {
-            model: &self.model,
-            output: output.clone(),
-            resume: false,
-            stop: &|| false,
-        };
+        let run = TrainRun::new(&self.model, output.clone());
         train_with_bar(&run, &config, pairs, &[])?;
         Ok(output)
     }

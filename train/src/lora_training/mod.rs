@@ -98,6 +98,18 @@ pub struct TrainRun<'a> {
     pub stop: &'a dyn Fn() -> bool,
 }
 
+impl<'a> TrainRun<'a> {
+    /// A run from its first step to its last.
+    pub fn new(model: &'a lengthwise_model::LoadedModel, output: PathBuf) -> Self {
+        Self {
+            model,
+            output,
+            resume: false,
+            stop: &|| false,
+        }
+    }
+}
+
 /// One line of the loss curve, `loss.jsonl`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct CurvePoint {

@@ -48,12 +48,7 @@ fn lengths(example: &TrainExample) -> Vec<u32> {
 fn a_head_beats_the_marginal_on_instructions_it_has_not_seen() -> anyhow::Result<()> {
     let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let dir = tempfile::tempdir()?;
-    let run = TrainRun {
-        model: &model,
-        output: dir.path().to_owned(),
-        resume: false,
-        stop: &|| false,
-    };
+    let run = TrainRun::new(&model, dir.path().to_owned());
     let outcome = train(&run, &config(), &examples(Split::Train, 400), &[], &mut |_| ())?;
     let head = LengthHead::load(dir.path(), model.network.config().hidden_size, &Device::Cpu)?;
     assert_eq!(head.config, outcome.head.expect("it was the objective").config);
@@ -93,12 +88,7 @@ fn a_head_beats_the_marginal_on_instructions_it_has_not_seen() -> anyhow::Result
 fn an_example_without_lengths_is_named() -> anyhow::Result<()> {
     let model = LoadedModel::open(TINY, DTypeChoice::Auto, &Device::Cpu, &mut ())?;
     let dir = tempfile::tempdir()?;
-    let run = TrainRun {
-        model: &model,
-        output: dir.path().to_owned(),
-        resume: false,
-        stop: &|| false,
-    };
+    let run = TrainRun::new(&model, dir.path().to_owned());
     let mut data = examples(Split::Train, 2);
     data[1].target = TrainTarget::Lengths(Vec::new());
     let err = train(&run, &config(), &data, &[], &mut |_| ())
@@ -128,12 +118,7 @@ fn emulated_runs_end_in_the_same_bits_resumed_or_not() -> anyhow::Result<()> {
             gradient_checkpointing: true,
             ..config()
         };
-        let mut run = TrainRun {
-            model: &model,
-            output: dir.path().join(which),
-            resume: false,
-            stop: &|| false,
-        };
+        let mut run = TrainRun::new(&model, dir.path().join(which));
         if which == "killed" {
             let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 train(&run, &config, &data, &[], &mut |progress| {

@@ -26,10 +26,8 @@ fn train_to(
     model: &LoadedModel,
 ) -> Result<TrainOutcome, LoraTrainingError> {
     let run = TrainRun {
-        model,
-        output: output.to_owned(),
         resume,
-        stop: &|| false,
+        ..TrainRun::new(model, output.to_owned())
     };
     train(&run, config, &examples(Split::Train, 8), &[], &mut |_| ())
 }
@@ -117,12 +115,7 @@ fn a_run_that_is_stopped_keeps_its_last_step_and_says_what_it_was_begun_with() -
 fn two_runs_do_not_write_one_folder() -> anyhow::Result<()> {
     let model = tiny(DTypeChoice::Auto)?;
     let dir = tempfile::tempdir()?;
-    let run = TrainRun {
-        model: &model,
-        output: dir.path().to_owned(),
-        resume: false,
-        stop: &|| false,
-    };
+    let run = TrainRun::new(&model, dir.path().to_owned());
     let mut second = Vec::new();
     train(&run, &short(), &examples(Split::Train, 8), &[], &mut |_| {
         second.push(refused(train_to(dir.path(), false, &short(), &model)));
@@ -146,12 +139,7 @@ fn a_head_that_was_left_behind_is_not_taken_for_this_adapters() -> anyhow::Resul
         prompt: Prompt::Instruction("x".to_owned()),
         target: TrainTarget::Answer("5".to_owned()),
     };
-    let run = TrainRun {
-        model: &model,
-        output: dir.path().to_owned(),
-        resume: false,
-        stop: &|| false,
-    };
+    let run = TrainRun::new(&model, dir.path().to_owned());
     let config = LoraTrainingConfig {
         objective: TrainObjective::Number,
         ..short()
