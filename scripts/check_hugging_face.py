@@ -25,8 +25,7 @@ LENGTH_QUESTION = (
 def generate(model, tokenizer, instruction, max_new_tokens):
     """The greedy answer's text and its number of generated tokens."""
     chat = [{"role": "user", "content": instruction}]
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     tokens = output[0][inputs["input_ids"].shape[1] :]
     return tokenizer.decode(tokens, skip_special_tokens=True).strip(), len(tokens)

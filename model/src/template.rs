@@ -25,6 +25,9 @@ pub struct PromptTemplate {
     environment: Environment<'static>,
     bos: String,
     eos: String,
+    /// The tokenizer puts its special tokens in front: FastChat, whose template is Vicuna's, lets it. What a model's own
+    /// template gives is the whole prompt, as in `apply_chat_template` and the engines that follow it.
+    special_tokens: bool,
 }
 
 impl PromptTemplate {
@@ -33,7 +36,14 @@ impl PromptTemplate {
     /// # Errors
     /// None in practice.
     pub fn vicuna_v1_1() -> Result<Self, ModelError> {
-        Self::from_jinja(VICUNA_V1_1, "<s>", "</s>")
+        Self::vicuna("<s>", "</s>")
+    }
+
+    fn vicuna(bos: &str, eos: &str) -> Result<Self, ModelError> {
+        Ok(Self {
+            special_tokens: true,
+            ..Self::from_jinja(VICUNA_V1_1, bos, eos)?
+        })
     }
 
     /// A template's source, and the texts of the special tokens it may use.
@@ -58,6 +68,7 @@ impl PromptTemplate {
             environment,
             bos: bos.to_owned(),
             eos: eos.to_owned(),
+            special_tokens: false,
         })
     }
 
@@ -88,8 +99,10 @@ impl PromptTemplate {
     fn of(settings: &Value, source: Option<&str>) -> Result<Self, ModelError> {
         let token = |name: &str, default: &str| special_token(settings, name).unwrap_or_else(|| default.to_owned());
         let (bos, eos) = (token("bos_token", "<s>"), token("eos_token", "</s>"));
-        let source = source.or_else(|| default_template(&settings["chat_template"]));
-        Self::from_jinja(source.unwrap_or(VICUNA_V1_1), &bos, &eos)
+        match source.or_else(|| default_template(&settings["chat_template"])) {
+            Some(source) => Self::from_jinja(source, &bos, &eos),
+            None => Self::vicuna(&bos, &eos),
+        }
     }
 
     /// The conversation as text, ending where the assistant's next turn begins.
@@ -107,12 +120,13 @@ impl PromptTemplate {
         template.render(context).map_err(|err| failed(&err))
     }
 
-    /// The prompt's tokens, one beginning-of-sequence token in front where the model has that rule.
+    /// The prompt's tokens. A beginning-of-sequence token is in front where the model's own template writes it, or, with
+    /// Vicuna's, where the tokenizer has that rule.
     ///
     /// # Errors
     /// The template refuses the conversation, or the tokenizer failed.
     pub fn encode(&self, tokenizer: &ModelTokenizer, prompt: &Prompt) -> Result<Vec<u32>, ModelError> {
-        self.encode_text(tokenizer, &self.render(&prompt.messages())?)
+        tokenizer.encode(&self.render(&prompt.messages())?, self.special_tokens)
     }
 
     /// The tokens of the prompt with the assistant's answer behind it, without the token that ends it. A space stands
@@ -130,13 +144,7 @@ impl PromptTemplate {
         if !text.ends_with(char::is_whitespace) {
             text.push(' ');
         }
-        self.encode_text(tokenizer, &(text + answer))
-    }
-
-    fn encode_text(&self, tokenizer: &ModelTokenizer, text: &str) -> Result<Vec<u32>, ModelError> {
-        // Some templates write the token themselves; twice would be another prompt.
-        let written = !self.bos.is_empty() && text.starts_with(&self.bos);
-        tokenizer.encode(text, tokenizer.adds_bos() && !written)
+        tokenizer.encode(&(text + answer), self.special_tokens)
     }
 }
 

@@ -116,11 +116,6 @@ impl ModelTokenizer {
     pub fn token_text(&self, token: u32) -> Option<String> {
         self.inner.id_to_token(token)
     }
-
-    /// Whether encoding with special tokens puts one in front.
-    pub(crate) fn adds_bos(&self) -> bool {
-        self.encode("", true).is_ok_and(|ids| !ids.is_empty())
-    }
 }
 
 /// `tokenizer_config.json` of a folder, null where there is none.

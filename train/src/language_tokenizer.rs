@@ -25,8 +25,8 @@ pub const BOS: &str = "<s>";
 pub const EOS: &str = "</s>";
 /// Padding, id 2.
 pub const PAD: &str = "<pad>";
-/// The chat template of the bundled model, for `tokenizer_config.json`; the tokenizer adds `<s>`.
-pub const CHAT_TEMPLATE: &str = "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}";
+/// The chat template of the bundled model, for `tokenizer_config.json`. It writes `<s>` itself, as engines that render it expect.
+pub const CHAT_TEMPLATE: &str = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% elif m.role == 'assistant' %}ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}";
 
 /// Words and numbers take the space before them; every other character stands alone, so that the ids of
 /// a prompt that ends in `:` do not depend on the answer behind it.

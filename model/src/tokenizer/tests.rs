@@ -1,4 +1,4 @@
-//! Tokenizers of both kinds of file, and the beginning-of-sequence token that must stand once.
+//! Tokenizers of both kinds of file, and the beginning-of-sequence token.
 
 use std::path::PathBuf;
 
@@ -53,18 +53,25 @@ fn tokens_beyond_the_models_vocabulary_are_refused() {
 }
 
 #[test]
-fn the_first_token_stands_once_whether_the_template_writes_it_or_not() -> anyhow::Result<()> {
+fn a_model_s_own_template_says_whether_a_sequence_begins_with_a_token() -> anyhow::Result<()> {
     let tokenizer = ModelTokenizer::from_bytes(json().as_bytes(), &config(5))?;
     let prompt = Prompt::Chat(vec![ChatMessage::user("a")]);
-    for source in ["{{ messages[0].content }}", "{{ bos_token }}{{ messages[0].content }}"] {
-        let template = PromptTemplate::from_jinja(source, "<s>", "</s>")?;
-        assert_eq!(template.encode(&tokenizer, &prompt)?, [0, 2], "{source}");
-        assert_eq!(
-            template.encode_with_answer(&tokenizer, &prompt, "b")?,
-            [0, 2, 3],
-            "{source}"
-        );
+    let of = |source| PromptTemplate::from_jinja(source, "<s>", "</s>");
+    for (source, begins) in [
+        ("{{ messages[0].content }}", &[][..]),
+        ("{{ bos_token }}{{ messages[0].content }}", &[0]),
+    ] {
+        let tokens = |more: &[u32]| [begins, &[2], more].concat();
+        assert_eq!(of(source)?.encode(&tokenizer, &prompt)?, tokens(&[]), "{source}");
+        let answered = of(source)?.encode_with_answer(&tokenizer, &prompt, "b")?;
+        assert_eq!(answered, tokens(&[3]), "{source}");
     }
+    let vicuna = PromptTemplate::vicuna_v1_1()?;
+    assert_eq!(
+        vicuna.encode(&tokenizer, &prompt)?[..2],
+        [0, 4],
+        "FastChat leaves it to the tokenizer"
+    );
     Ok(())
 }
 
