@@ -1,11 +1,10 @@
 //! Answers that `generate` keeps until it has all: each with a mark of its request, which tells it from another input's.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use anyhow::{Context, bail};
-use lengthwise_core::RequestId;
+use lengthwise_core::{RequestId, fixed_hash};
 use lengthwise_train::files::InstructionRecord;
 
 /// The marks of an input's requests.
@@ -63,11 +62,9 @@ fn parts(line: &str) -> Option<(u64, RequestId, &str)> {
     Some((u64::from_str_radix(mark, 16).ok()?, RequestId::from(id), answer))
 }
 
-/// Of all that a request says of its answer. The hasher's keys are fixed: the same in every run.
+/// Of all that a request says of its answer.
 fn mark(record: &InstructionRecord) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    format!("{:?} {:?}", record.prompt, record.batch).hash(&mut hasher);
-    hasher.finish()
+    fixed_hash(&format!("{:?} {:?}", record.prompt, record.batch))
 }
 
 #[cfg(test)]

@@ -1,8 +1,6 @@
 //! What tells one run from another.
 
-use std::collections::hash_map::DefaultHasher;
-use std::hash::{Hash, Hasher};
-
+use lengthwise_core::fixed_hash;
 use serde_json::{Value, json};
 
 use super::data::{Data, Encoded};
@@ -31,7 +29,7 @@ pub(super) fn fingerprint(run: &TrainRun, config: &LoraTrainingConfig, data: &Da
     } = config;
     let of_data = |examples: &[Encoded]| {
         let examples: Vec<_> = examples.iter().map(|e| (e.tokens(), e.lengths())).collect();
-        format!("{:016x}", hash(&examples))
+        format!("{:016x}", fixed_hash(&examples))
     };
     json!({
         "model": run.model.name, "dtype": run.model.network.dtype().as_str(),
@@ -56,11 +54,4 @@ fn of_objective(objective: &TrainObjective) -> Value {
             "calibration_share": head.calibration_share,
         }}),
     }
-}
-
-/// SipHash with fixed keys: the same in every process.
-pub(super) fn hash(value: &impl Hash) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    value.hash(&mut hasher);
-    hasher.finish()
 }

@@ -1,12 +1,13 @@
 //! The training loop.
 
+use lengthwise_core::fixed_hash;
 use lengthwise_model::{Adapter, LengthHead, Llama, ModelError, TrainPass};
 
 use super::calibrate::calibrate;
 use super::checkpoint::{self, Checkpoint, RunState};
 use super::curve::Curve;
 use super::data::{Batch, Data, Encoded};
-use super::fingerprint::{fingerprint, hash};
+use super::fingerprint::fingerprint;
 use super::found::{self, Found};
 use super::tuned::Tuned;
 use super::{CurvePoint, LoraTrainingConfig, LoraTrainingError, TrainExample, TrainProgress, TrainRun};
@@ -228,7 +229,7 @@ impl<'a> Trainer<'a> {
         let parameters = self.tuned.tensors();
         let (mut loss, mut grads) = (0.0, Gradients::default());
         for (pass, shards) in shards.iter().enumerate() {
-            let seed = hash(&(self.config.seed, step, pass));
+            let seed = fixed_hash(&(self.config.seed, step, pass));
             let objective = Objective {
                 llama: self.llama,
                 adapter: Some(&self.tuned.adapter),
