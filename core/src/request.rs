@@ -25,6 +25,14 @@ impl SamplingParams {
         top_p: 1.0,
         seed: 0,
     };
+
+    /// What [`SamplingParams::allows_top_p`] allows, for messages.
+    pub const TOP_P_RANGE: &str = "above 0 and at most 1";
+
+    /// Whether `top_p` can be: OpenAI's API and vLLM refuse 0 too, under which no token would be left.
+    pub fn allows_top_p(top_p: f32) -> bool {
+        top_p > 0.0 && top_p <= 1.0
+    }
 }
 
 impl Default for SamplingParams {
@@ -83,7 +91,7 @@ pub fn bucket_up(tokens: u32, bucket: u32) -> u32 {
 
 #[cfg(test)]
 mod tests {
-    use super::bucket_up;
+    use super::{SamplingParams, bucket_up};
 
     #[test]
     fn a_multiple_of_the_bucket_stays() {
@@ -93,5 +101,15 @@ mod tests {
         assert_eq!(bucket_up(51, 50), 100);
         assert_eq!(bucket_up(7, 0), 7);
         assert_eq!(bucket_up(u32::MAX, 50), u32::MAX);
+    }
+
+    #[test]
+    fn a_top_p_leaves_a_token() {
+        assert!(
+            [f32::MIN_POSITIVE, 0.5, 1.0]
+                .into_iter()
+                .all(SamplingParams::allows_top_p)
+        );
+        assert!(![0.0, -0.5, 1.5, f32::NAN].into_iter().any(SamplingParams::allows_top_p));
     }
 }

@@ -42,7 +42,7 @@ pub(crate) fn sampling(folder: &Path) -> Result<SamplingParams, ModelError> {
     };
     Ok(SamplingParams {
         temperature: number("temperature", 1.0, |t| t >= 0.0)? as f32,
-        top_p: number("top_p", 1.0, |p| p > 0.0 && p <= 1.0)? as f32,
+        top_p: number("top_p", 1.0, |p| SamplingParams::allows_top_p(p as f32))? as f32,
         top_k: number("top_k", 0.0, |k| k >= 0.0 && k <= f64::from(u32::MAX))? as u32,
         seed: 0,
     })

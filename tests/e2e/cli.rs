@@ -73,8 +73,8 @@ fn wrong_usage_exits_with_2_and_names_what_is_wrong() -> Result<()> {
             "0 or more",
         ),
         (
-            &["generate", "--input", "x", "--output", "y", "--top-p", "2"],
-            "from 0 to 1",
+            &["generate", "--input", "x", "--output", "y", "--top-p", "0"],
+            "above 0 and at most 1",
         ),
         // Weights in 8 bits are run, not trained on.
         (

@@ -21,7 +21,7 @@ use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::interrupt::Interrupt;
 use crate::kept::Marks;
 use crate::output::print_json;
-use crate::parse::{fraction, not_negative};
+use crate::parse::{not_negative, top_p};
 use crate::predictions::{
     CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
@@ -48,7 +48,7 @@ pub struct GenerateArgs {
     #[arg(long, value_parser = not_negative::<f32>)]
     temperature: Option<f32>,
     /// Draw only from the most likely tokens that together have this probability [default: likewise, else 1]
-    #[arg(long, value_parser = fraction::<f32>)]
+    #[arg(long, value_parser = top_p)]
     top_p: Option<f32>,
     /// Draw only from this many most likely tokens; 0: all [default: likewise, else 0]
     #[arg(long)]

@@ -1,6 +1,6 @@
 //! Lines of OpenAI's batch input, as far as they change the answer.
 
-use lengthwise_core::{ChatMessage, Prompt};
+use lengthwise_core::{ChatMessage, Prompt, SamplingParams};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -87,8 +87,8 @@ fn parse_body(value: &Value) -> Result<BatchBody, String> {
     if let Some(temperature) = raw.temperature.filter(|t| !t.is_finite() || *t < 0.0) {
         return Err(format!("temperature is {temperature}, it must be 0 or more"));
     }
-    if let Some(top_p) = raw.top_p.filter(|p| !(*p > 0.0 && *p <= 1.0)) {
-        return Err(format!("top_p is {top_p}, it must be above 0 and at most 1"));
+    if let Some(top_p) = raw.top_p.filter(|p| !SamplingParams::allows_top_p(*p)) {
+        return Err(format!("top_p is {top_p}, it must be {}", SamplingParams::TOP_P_RANGE));
     }
     if let Some(n) = raw.n.filter(|n| *n != 1) {
         return Err(format!("n is {n}, one answer per request is given"));
