@@ -259,3 +259,15 @@ fn what_could_not_mean_anything_is_refused_in_one_line() -> Result<()> {
     );
     Ok(())
 }
+
+#[test]
+fn what_is_true_of_every_batch_size_is_said_once() -> Result<()> {
+    let flags = ["--batch-sizes", "1,2", "--steps", "1", "--kv-cache-tokens", "2100"];
+    let profile = run(&[&["profile", "-q", "--json", "--contexts", "2000,3000"], &flags[..]].concat())?;
+    let beyond = profile.stderr.matches("is beyond the model's positions").count();
+    assert_eq!((profile.code, beyond), (Some(0), 2), "{}", profile.stderr);
+    // Both contexts are cut to the same, which is measured once for each batch size.
+    let printed: serde_json::Value = serde_json::from_str(&profile.stdout)?;
+    assert!(printed["points"].as_array().is_some_and(|p| p.len() <= 2), "{printed}");
+    Ok(())
+}

@@ -112,13 +112,10 @@ fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<Profil
     let eos = model.tokenizer.eos().to_vec();
     let mut engine = Engine::new(model.network.clone(), None, eos, args.cache.engine())?;
     let mut points = Vec::new();
-    let mut bar = Bar::new("profile", (args.batch_sizes.len() * args.contexts.len()) as u64);
+    let contexts = within(&args.contexts, most);
+    let mut bar = Bar::new("profile", (args.batch_sizes.len() * contexts.len()) as u64);
     for batch_size in &args.batch_sizes {
-        for &context in &args.contexts {
-            if context.get() > most {
-                tracing::warn!("context {context} is beyond the model's positions: {most} is measured");
-            }
-            let context = context.get().min(most);
+        for &context in &contexts {
             if batch_size.get() * (context + args.steps as usize + 1) > engine.cache_tokens() {
                 tracing::warn!("batch {batch_size} at context {context} does not fit the KV cache: left out");
                 continue;
@@ -134,6 +131,20 @@ fn measure(model: &LoadedModel, args: &ProfileArgs) -> anyhow::Result<Vec<Profil
         bail!("nothing could be measured: raise --kv-cache-tokens, or give smaller --batch-sizes and --contexts");
     }
     Ok(points)
+}
+
+/// The contexts that are measured: those beyond `most` tokens are one of so many, which is said once.
+fn within(contexts: &[NonZeroUsize], most: usize) -> Vec<usize> {
+    let mut measured = Vec::new();
+    for context in contexts.iter().map(|context| context.get()) {
+        if context > most {
+            tracing::warn!("context {context} is beyond the model's positions: {most} is measured");
+        }
+        if !measured.contains(&context.min(most)) {
+            measured.push(context.min(most));
+        }
+    }
+    measured
 }
 
 /// Runs of which the fastest counts.
