@@ -6,6 +6,7 @@ use std::str::FromStr;
 use lengthwise_core::{ChatMessage, Prompt, RequestId};
 use lengthwise_model::LENGTH_QUESTION;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use super::FileError;
 use super::records::{Records, SeenIds, required_id};
@@ -81,6 +82,9 @@ pub fn read_pairs(path: &Path) -> Result<Vec<Pair>, FileError> {
     let mut seen = SeenIds::default();
     let mut pairs = Vec::with_capacity(records.records.len());
     for record in &records.records {
+        if let Some(reason) = other_format(&record.value) {
+            return Err(records.bad(record, reason));
+        }
         let id = required_id(&record.value).map_err(|reason| records.bad(record, reason))?;
         let mut value = record.value.clone();
         value["id"] = id.to_string().into();
@@ -95,6 +99,27 @@ pub fn read_pairs(path: &Path) -> Result<Vec<Pair>, FileError> {
         pairs.push(pair);
     }
     Ok(pairs)
+}
+
+/// What a record without a label is, where it is of another format that we know, and what makes pairs of it.
+fn other_format(value: &Value) -> Option<&'static str> {
+    let has = |field| value.get(field).is_some();
+    if has("label") {
+        return None;
+    }
+    if has("samples") {
+        return Some("these are sampled lengths: `lengthwise label` makes pairs of them");
+    }
+    if has("messages") && !has("instruction") {
+        return Some(
+            "this is the chat format, for PEFT's trainers, axolotl and LLaMA-Factory: pairs come from `lengthwise label \
+             --format pairs`",
+        );
+    }
+    let is_instruction = ["conversations", "instruction", "custom_id"].into_iter().any(has);
+    is_instruction.then_some(
+        "there is no \"label\": `lengthwise collect` samples lengths of instructions, `lengthwise label` makes pairs of them",
+    )
 }
 
 #[cfg(test)]
@@ -145,6 +170,36 @@ mod tests {
         let question = value["messages"][2]["content"].as_str().unwrap_or_default();
         assert!(question.starts_with("say \"é\"\nDon't output"), "{question}");
         assert_eq!(value["messages"][3]["content"], "150");
+        Ok(())
+    }
+
+    #[test]
+    fn other_formats_are_known_and_say_what_makes_pairs_of_them() -> anyhow::Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("data");
+        let turn = r#"{"from": "human", "value": "q"}"#;
+        let cases = [
+            (pair_line(&pair(), PairFormat::Chat), "line 1: this is the chat format"),
+            (
+                format!(r#"[{{"id": "a", "conversations": [{turn}]}}]"#),
+                "`lengthwise collect`",
+            ),
+            (
+                r#"[{"instruction": "a", "input": "", "output": "b"}]"#.to_owned(),
+                "`lengthwise collect`",
+            ),
+            (
+                r#"{"id": "a", "instruction": "b", "samples": []}"#.to_owned(),
+                "these are sampled lengths: `lengthwise label`",
+            ),
+            (r#"{"instruction": "b", "label": 5}"#.to_owned(), "there is no \"id\""),
+            (r#"{"x": 1}"#.to_owned(), "there is no \"id\""),
+        ];
+        for (text, want) in cases {
+            std::fs::write(&path, text)?;
+            let err = read_pairs(&path).expect_err("no pairs").to_string();
+            assert!(err.contains(want) && !err.contains('\n'), "{err}, want {want}");
+        }
         Ok(())
     }
 
