@@ -49,9 +49,11 @@ impl LoadedModel {
         let precision = precision.into();
         let dtype = precision.dtype.resolve(&config, device);
         let weights = Weights::open(&folder, dtype, device)?.quantized(precision.quantization)?;
+        let network = Llama::load(&config, &weights, progress)?;
+        weights.warn_of_surplus(&folder);
         Ok(Self {
             name: spec.to_owned(),
-            network: Arc::new(Llama::load(&config, &weights, progress)?),
+            network: Arc::new(network),
             tokenizer: Arc::new(tokenizer),
             template: Arc::new(template),
             sampling,

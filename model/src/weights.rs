@@ -3,8 +3,10 @@
 mod mapped;
 mod pickled;
 mod room;
+mod surplus;
 
-use std::collections::{BTreeSet, HashMap};
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use candle_core::safetensors::BufferedSafetensors;
@@ -21,6 +23,8 @@ pub struct Weights {
     dtype: DType,
     device: Device,
     quantization: Option<Quantization>,
+    /// Names that were asked for.
+    taken: RefCell<HashSet<String>>,
 }
 
 enum Source {
@@ -58,6 +62,7 @@ impl Weights {
             dtype,
             device: device.clone(),
             quantization: None,
+            taken: RefCell::default(),
         })
     }
 
@@ -68,6 +73,7 @@ impl Weights {
             dtype,
             device: device.clone(),
             quantization: None,
+            taken: RefCell::default(),
         }
     }
 
@@ -85,6 +91,7 @@ impl Weights {
             dtype,
             device: device.clone(),
             quantization: None,
+            taken: RefCell::default(),
         })
     }
 
@@ -124,6 +131,7 @@ impl Weights {
     /// It is missing, of another shape, quantised, or holds NaN or infinity.
     pub fn get(&self, name: &str, shape: &[usize]) -> Result<Tensor, ModelError> {
         let tensor = self.load(name, shape)?;
+        self.taken.borrow_mut().insert(name.to_owned());
         if tensor.is_variable() {
             return Ok(tensor);
         }

@@ -129,6 +129,47 @@ fn bin_and_safetensors_give_the_same_bytes() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn tensors_that_no_layer_takes_are_told_once() -> Result<()> {
+    for (format, flags) in [
+        (Format::Safetensors, &[][..]),
+        (Format::Bin, &["--dtype", "bf16"]),
+        (Format::Bin, &["--quantize", "q8_0"]),
+    ] {
+        let folder = tempfile::tempdir()?;
+        let checkpoint = Checkpoint {
+            format,
+            dtype: DType::F32,
+            hidden: 128,
+            layers: 2,
+            shards: 2,
+        };
+        checkpoint.write(folder.path())?;
+        let model = folder.path().display().to_string();
+        let args = ["predict", "-q", "--max-new-tokens", "2", "--model", &model, "Count."];
+        let args = [&args[..], flags].concat();
+        let whole = run(&args)?;
+        assert_eq!((whole.code, whole.stderr.as_str()), (Some(0), ""), "{format:?}");
+        // The weights of the second layer are left over.
+        let path = folder.path().join("config.json");
+        let config = std::fs::read_to_string(&path)?;
+        std::fs::write(
+            &path,
+            config.replace("\"num_hidden_layers\":2", "\"num_hidden_layers\":1"),
+        )?;
+        let got = run(&args)?;
+        assert_eq!((got.code, got.stderr.lines().count()), (Some(0), 1), "{}", got.stderr);
+        assert!(
+            got.stderr.contains(&model)
+                && got.stderr.contains("9 tensors are not used")
+                && got.stderr.contains(": model.layers.1.input_layernorm.weight, "),
+            "{}",
+            got.stderr
+        );
+    }
+    Ok(())
+}
+
 /// Answers of the bundled model under another generation_config.json.
 fn generate(generation: &str, flags: &[&str], instruction: &str) -> Result<(Option<i32>, String)> {
     generate_within(1024, generation, flags, instruction)

@@ -65,6 +65,10 @@ impl Mapped {
         Ok(())
     }
 
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.tensors.keys()
+    }
+
     pub fn place(&self, name: &str) -> Option<&Place> {
         self.tensors.get(name)
     }

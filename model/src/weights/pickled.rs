@@ -41,6 +41,10 @@ impl Pickled {
         Ok(Self { tensors, map, entries })
     }
 
+    pub fn names(&self) -> impl Iterator<Item = &String> {
+        self.tensors.tensor_infos().keys()
+    }
+
     pub fn info(&self, name: &str) -> Option<&TensorInfo> {
         self.tensors.tensor_infos().get(name)
     }
