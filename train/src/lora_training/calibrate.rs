@@ -7,6 +7,16 @@ use super::tuned::Tuned;
 
 /// Prompt tokens in one forward pass.
 const PASS_TOKENS: usize = 2048;
+/// Prompts between two looks at whether the run is to end.
+const PROMPTS: usize = 64;
+
+/// How a calibration ended.
+pub(super) enum Calibration {
+    /// The head is fitted, or there is nothing to fit.
+    Done,
+    /// The run is to end.
+    Stopped,
+}
 
 /// Fits the head to `held_out`; without examples it stays as it is.
 ///
@@ -14,14 +24,26 @@ const PASS_TOKENS: usize = 2048;
 /// - `point_probability`: least mean absolute error of the largest sampled length. The samples of an instruction share
 ///   what the head does not know of it, so that they are not independent given the prediction: the largest of four lies
 ///   lower than `F⁴` says.
-pub(super) fn calibrate(tuned: &mut Tuned, llama: &Llama, held_out: &[Encoded]) -> Result<(), ModelError> {
+pub(super) fn calibrate(
+    tuned: &mut Tuned,
+    llama: &Llama,
+    held_out: &[Encoded],
+    stop: &dyn Fn() -> bool,
+) -> Result<Calibration, ModelError> {
     let Some(head) = tuned.head.as_mut().filter(|_| !held_out.is_empty()) else {
-        return Ok(());
+        return Ok(Calibration::Done);
     };
-    let prompts: Vec<&[u32]> = held_out.iter().map(Encoded::tokens).collect();
-    let logits = head.predict(llama, Some(&tuned.adapter), &prompts, PASS_TOKENS)?;
+    let mut logits = Vec::with_capacity(held_out.len());
+    for examples in held_out.chunks(PROMPTS) {
+        if stop() {
+            return Ok(Calibration::Stopped);
+        }
+        let prompts: Vec<&[u32]> = examples.iter().map(Encoded::tokens).collect();
+        logits.extend(head.predict(llama, Some(&tuned.adapter), &prompts, PASS_TOKENS)?);
+    }
     let lengths: Vec<&[u32]> = held_out.iter().map(Encoded::lengths).collect();
-    fit(head, &logits, &lengths)
+    fit(head, &logits, &lengths)?;
+    Ok(Calibration::Done)
 }
 
 fn fit(head: &mut LengthHead, logits: &[Vec<f32>], lengths: &[&[u32]]) -> Result<(), ModelError> {

@@ -7,12 +7,15 @@ use std::path::{Path, PathBuf};
 use lengthwise_model::{Llama, save_tensors};
 use serde::{Deserialize, Serialize};
 
-use super::LoraTrainingError;
 use super::tuned::Tuned;
+use super::{CurvePoint, LoraTrainingError};
 use crate::files::write_atomic;
 use crate::optim::AdamW;
 
 const PREFIX: &str = "checkpoint-";
+/// Behind the step, where its evaluation is still to do. The checkpoint with it done does not replace this one, but comes
+/// beside it before this one goes.
+const UNEVALUATED: &str = "-unevaluated";
 /// Beside a finished adapter: the last [`RunState`] of its run.
 const RECORD: &str = "training.json";
 
@@ -23,6 +26,9 @@ pub(super) struct RunState {
     pub step: usize,
     /// The best evaluation loss so far and its step.
     pub best: Option<(f64, usize)>,
+    /// The last step, where the evaluation that is due after it was broken off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unevaluated: Option<CurvePoint>,
     /// Settings and data of the run, to be told from others: one JSON object as text, which no reading of its numbers
     /// changes.
     pub fingerprint: String,
@@ -50,13 +56,26 @@ fn io(path: &Path) -> impl Fn(std::io::Error) -> LoraTrainingError {
 
 /// The newest complete checkpoint of an output folder.
 pub(super) fn newest(output: &Path) -> Option<PathBuf> {
-    let entries = fs::read_dir(output).ok()?;
-    let step = |path: &Path| path.file_name()?.to_str()?.strip_prefix(PREFIX)?.parse::<usize>().ok();
-    entries
-        .flatten()
-        .map(|e| e.path())
-        .filter(|p| step(p).is_some())
-        .max_by_key(|p| step(p))
+    all(output).max_by_key(|path| place(path))
+}
+
+/// Every complete checkpoint of an output folder.
+fn all(output: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(output).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| place(path).is_some())
+}
+
+/// The step of a checkpoint and whether it was evaluated; `None` of anything else.
+fn place(path: &Path) -> Option<(usize, bool)> {
+    let name = path.file_name()?.to_str()?.strip_prefix(PREFIX)?;
+    let unevaluated = name.strip_suffix(UNEVALUATED);
+    Some((unevaluated.unwrap_or(name).parse().ok()?, unevaluated.is_none()))
+}
+
+/// Removes every checkpoint but one.
+fn remove_others(output: &Path, kept: Option<&Path>) -> Result<(), LoraTrainingError> {
+    let mut others = all(output).filter(|path| Some(path.as_path()) != kept);
+    others.try_for_each(|path| fs::remove_dir_all(&path).map_err(io(&path)))
 }
 
 /// Writes a checkpoint beside and renames it, then drops older ones.
@@ -67,20 +86,21 @@ pub(super) fn save(
     adamw: &AdamW,
     state: &RunState,
 ) -> Result<(), LoraTrainingError> {
+    let ending = if state.unevaluated.is_some() { UNEVALUATED } else { "" };
+    let name = output.join(format!("{PREFIX}{}{ending}", state.step));
+    if state.unevaluated.is_some() && name.is_dir() {
+        // It is what this run went on from, and nothing was done since.
+        return Ok(());
+    }
     let beside = output.join("writing-checkpoint");
-    let last = newest(output);
     let _ = fs::remove_dir_all(&beside);
     tuned.save(&beside, base_model)?;
     let (tensors, _) = adamw.state()?;
     save_tensors(&tensors, &beside.join("optimizer.safetensors"))?;
     fs::write(beside.join("state.json"), json(state)).map_err(io(&beside))?;
-    let name = output.join(format!("{PREFIX}{}", state.step));
     let _ = fs::remove_dir_all(&name);
     fs::rename(&beside, &name).map_err(io(&name))?;
-    match last.filter(|last| *last != name) {
-        Some(last) => fs::remove_dir_all(&last).map_err(io(&last)),
-        None => Ok(()),
-    }
+    remove_others(output, Some(&name))
 }
 
 /// Reads a checkpoint back; what it trains are variables.
@@ -117,8 +137,5 @@ pub(super) fn recorded(output: &Path) -> Result<Option<RunState>, LoraTrainingEr
 
 /// Removes what only a resumed run needs.
 pub(super) fn clear(output: &Path) -> Result<(), LoraTrainingError> {
-    match newest(output) {
-        Some(last) => fs::remove_dir_all(&last).map_err(io(&last)),
-        None => Ok(()),
-    }
+    remove_others(output, None)
 }

@@ -94,7 +94,7 @@ pub struct TrainRun<'a> {
     pub output: PathBuf,
     /// Go on from the last checkpoint in `output`.
     pub resume: bool,
-    /// Asked after every step: whether the run is to end early, with a checkpoint.
+    /// Asked after every step and between the batches of an evaluation: whether the run is to end early, with a checkpoint.
     pub stop: &'a dyn Fn() -> bool,
 }
 

@@ -3,7 +3,7 @@
 use lengthwise_core::fixed_hash;
 use lengthwise_model::{Adapter, LengthHead, Llama, ModelError, TrainPass};
 
-use super::calibrate::calibrate;
+use super::calibrate::{Calibration, calibrate};
 use super::checkpoint::{self, Checkpoint, RunState};
 use super::curve::Curve;
 use super::data::{Batch, Data, Encoded};
@@ -60,18 +60,23 @@ pub fn train(
         Found::Nothing => None,
     };
     let mut trainer = Trainer::begin(run, config, &data, (fingerprint, saved))?;
-    while trainer.state.step < trainer.rate.total_steps {
-        let (point, tokens) = trainer.step(&data)?;
+    loop {
+        let (point, tokens) = match trainer.state.unevaluated.clone() {
+            // Its tokens were counted by the run that did the step.
+            Some(point) => (trainer.conclude(point, &data)?, 0),
+            None if trainer.is_done() => return trainer.finish(&data),
+            None => trainer.step(&data)?,
+        };
         progress(TrainProgress {
             point,
             total_steps: trainer.rate.total_steps,
             tokens,
         });
-        if (run.stop)() {
-            trainer.check_stopped()?;
+        // After the last step it ends anyway.
+        if (run.stop)() && !trainer.is_done() {
+            return Err(trainer.stopped()?);
         }
     }
-    trainer.finish(&data)
 }
 
 /// What an earlier run ended with.
@@ -153,11 +158,13 @@ impl<'a> Trainer<'a> {
             RunState {
                 step: 0,
                 best: None,
+                unevaluated: None,
                 fingerprint,
             },
             |saved| saved.state,
         );
-        let curve = Curve::open(&run.output, state.step)?;
+        let in_curve = state.step.saturating_sub(usize::from(state.unevaluated.is_some()));
+        let curve = Curve::open(&run.output, in_curve)?;
         Ok(Self {
             run,
             config,
@@ -181,26 +188,34 @@ impl<'a> Trainer<'a> {
         let learning_rate = self.rate.at(step);
         self.adamw.step(&grads, learning_rate)?;
         self.state.step += 1;
-        let done = self.state.step == self.rate.total_steps;
-        let eval_loss = match !data.eval.is_empty() && (done || self.state.step.is_multiple_of(self.config.eval_steps))
-        {
-            true => Some(self.evaluate(&data.eval)?),
-            false => None,
-        };
-        let epoch = self.state.step as f64 / data.order.steps_per_epoch() as f64;
         let point = CurvePoint {
             step: self.state.step,
-            epoch,
+            epoch: self.state.step as f64 / data.order.steps_per_epoch() as f64,
             loss,
             learning_rate,
             grad_norm,
-            eval_loss,
+            eval_loss: None,
         };
+        Ok((self.conclude(point, data)?, tokens))
+    }
+
+    /// The evaluation, the curve's line and the checkpoint that fall due after a step.
+    fn conclude(&mut self, mut point: CurvePoint, data: &Data) -> Result<CurvePoint, LoraTrainingError> {
+        if !data.eval.is_empty() && (self.is_done() || point.step.is_multiple_of(self.config.eval_steps)) {
+            // For the checkpoint, where the evaluation is broken off.
+            self.state.unevaluated = Some(point.clone());
+            point.eval_loss = Some(self.evaluate(&data.eval)?);
+            self.state.unevaluated = None;
+        }
         self.curve.push(&point)?;
-        if done || self.state.step.is_multiple_of(self.config.save_steps) {
+        if self.is_done() || point.step.is_multiple_of(self.config.save_steps) {
             self.save()?;
         }
-        Ok((point, tokens))
+        Ok(point)
+    }
+
+    fn is_done(&self) -> bool {
+        self.state.step == self.rate.total_steps
     }
 
     fn save(&self) -> Result<(), LoraTrainingError> {
@@ -208,17 +223,15 @@ impl<'a> Trainer<'a> {
         checkpoint::save(output, name, &self.tuned, &self.adamw, &self.state)
     }
 
-    /// The run is to end: keeps a checkpoint, unless there was no step left to do.
-    fn check_stopped(&self) -> Result<(), LoraTrainingError> {
+    /// The run is to end: keeps a checkpoint of what it is at. Returns what is said of it.
+    fn stopped(&self) -> Result<LoraTrainingError, LoraTrainingError> {
         let (step, total) = (self.state.step, self.rate.total_steps);
-        if step == total {
-            return Ok(());
-        }
-        if !step.is_multiple_of(self.config.save_steps) {
+        let is_saved = self.is_done() || step.is_multiple_of(self.config.save_steps);
+        if self.state.unevaluated.is_some() || !is_saved {
             self.save()?;
         }
         let path = checkpoint::newest(&self.run.output).unwrap_or_else(|| self.run.output.clone());
-        Err(LoraTrainingError::Stopped { step, total, path })
+        Ok(LoraTrainingError::Stopped { step, total, path })
     }
 
     fn gradients(&self, data: &Data, step: usize) -> Result<(f64, Gradients, usize), LoraTrainingError> {
@@ -252,10 +265,16 @@ impl<'a> Trainer<'a> {
     }
 
     /// Mean loss over the evaluation data. What is trained is kept where it is the best so far.
+    ///
+    /// # Errors
+    /// The run is to end, which is asked before every batch.
     fn evaluate(&mut self, eval: &[Encoded]) -> Result<f64, LoraTrainingError> {
         let frozen = self.tuned.frozen()?;
         let (mut sum, mut targets) = (0.0, 0);
         for batch in eval.chunks(self.config.batch_size) {
+            if (self.run.stop)() {
+                return Err(self.stopped()?);
+            }
             let batch = Batch::new(batch.iter(), frozen.head.as_ref())?;
             let pass = TrainPass::new(self.llama, Some(&frozen.adapter), None, false);
             let loss = batch.loss(&pass, 1.0)?;
@@ -277,9 +296,9 @@ impl<'a> Trainer<'a> {
         } else {
             &data.eval
         };
-        let calibrated = |mut tuned: Tuned| {
-            calibrate(&mut tuned, self.llama, held_out)?;
-            Ok::<_, LoraTrainingError>(tuned)
+        let calibrated = |mut tuned: Tuned| match calibrate(&mut tuned, self.llama, held_out, self.run.stop)? {
+            Calibration::Done => Ok(tuned),
+            Calibration::Stopped => Err(self.stopped()?),
         };
         let last = calibrated(self.tuned.frozen()?)?;
         let kept = match self.state.best {

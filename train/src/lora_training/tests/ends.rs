@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::path::Path;
 
 use super::*;
-use crate::lora_training::TrainOutcome;
+use crate::lora_training::{TrainOutcome, checkpoint};
 
 fn tiny(dtype: DTypeChoice) -> anyhow::Result<LoadedModel> {
     Ok(LoadedModel::open(TINY, dtype, &Device::Cpu, &mut ())?)
@@ -108,6 +108,63 @@ fn a_run_that_is_stopped_keeps_its_last_step_and_says_what_it_was_begun_with() -
         let [a, b] = [&whole, &stopped].map(|run| std::fs::read(run.join(file)));
         assert!(a? == b?, "{file}");
     }
+    Ok(())
+}
+
+#[test]
+fn an_evaluation_is_broken_off_between_batches_and_done_again() -> anyhow::Result<()> {
+    let model = tiny(DTypeChoice::Auto)?;
+    let dir = tempfile::tempdir()?;
+    let config = LoraTrainingConfig {
+        eval_steps: 2,
+        save_steps: 2,
+        ..short()
+    };
+    let (data, eval) = (examples(Split::Train, 8), examples(Split::HeldOut, 6));
+    let train_until = |output: &Path, resume, stop: &dyn Fn() -> bool| {
+        let run = TrainRun {
+            model: &model,
+            output: output.to_owned(),
+            resume,
+            stop,
+        };
+        train(&run, &config, &data, &eval, &mut |_| ())
+    };
+    let whole = dir.path().join("whole");
+    let undisturbed = train_until(&whole, false, &|| false)?;
+    // It is asked after steps 1 to 4, of which the last ends it anyway, before the three batches of the evaluations after
+    // 2 and 4, and before both heads are calibrated.
+    let (mut stops, mut in_evaluation) = (0, 0);
+    for place in 0..12 {
+        let (output, asked) = (dir.path().join(place.to_string()), Cell::new(0));
+        let stop = || asked.replace(asked.get() + 1) == place;
+        if let Err(err) = train_until(&output, false, &stop) {
+            assert!(err.to_string().starts_with("stopped after step "), "{err}");
+            let state = checkpoint::newest(&output).expect("it is kept").join("state.json");
+            in_evaluation += usize::from(std::fs::read_to_string(state)?.contains("unevaluated"));
+            stops += 1;
+        }
+        if place == 2 {
+            // Once more before the first batch of the same evaluation.
+            train_until(&output, true, &|| true).err().expect("it is to end");
+        }
+        let outcome = train_until(&output, true, &|| false)?;
+        assert_eq!(
+            (outcome.best_step, outcome.eval_loss),
+            (undisturbed.best_step, undisturbed.eval_loss)
+        );
+        for file in [
+            "adapter_model.safetensors",
+            "length_head.json",
+            "length_head.safetensors",
+            "loss.jsonl",
+            "training.json",
+        ] {
+            let [a, b] = [&whole, &output].map(|run| std::fs::read(run.join(file)));
+            assert!(a? == b?, "{file}, stopped at {place}");
+        }
+    }
+    assert_eq!((stops, in_evaluation), (11, 6));
     Ok(())
 }
 
