@@ -7,6 +7,7 @@ mod cost;
 mod device;
 mod error;
 mod history;
+mod identity;
 mod in_passes;
 mod inputs;
 mod interrupt;

@@ -28,6 +28,8 @@ pub struct ServerInfo {
     pub max_new_tokens: u32,
     /// Longest prompt accepted, in tokens; 0: any.
     pub max_prompt_tokens: u32,
+    /// Of all that its estimates depend on; empty where that is not told.
+    pub fingerprint: String,
 }
 
 /// Most requests in one `PredictBatch`.
@@ -179,6 +181,7 @@ impl v1::length_predictor_server::LengthPredictor for PredictorService {
             max_new_tokens: info.max_new_tokens,
             max_prompt_tokens: info.max_prompt_tokens,
             version: env!("CARGO_PKG_VERSION").to_owned(),
+            fingerprint: info.fingerprint.clone(),
         }))
     }
 }

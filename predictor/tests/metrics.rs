@@ -41,6 +41,7 @@ async fn every_prediction_is_counted_by_its_code() -> Result<()> {
         method: String::new(),
         max_new_tokens: 10,
         max_prompt_tokens: 10,
+        fingerprint: String::new(),
     };
     tokio::spawn(server.serve(
         Box::new(Unsure),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::support::{Folder, binary, run, succeed, workspace};
+use crate::support::{Folder, binary, run, start_server, succeed, workspace};
 
 /// Starts the binary and sends it the signals one after the other as soon as `ready` holds.
 fn signal_when(args: &[&str], signals: &[&str], ready: impl Fn() -> bool) -> Result<Output> {
@@ -117,6 +117,57 @@ fn sigterm_ends_static_batches_in_good_order() -> Result<()> {
 #[test]
 fn two_signals_end_it_at_once_and_lose_nothing_that_has_ended() -> Result<()> {
     stops_and_goes_on(&["--strategy", "continuous"], &["-TERM", "-INT"])?;
+    Ok(())
+}
+
+#[test]
+fn answers_go_on_with_the_predictor_that_they_were_begun_with_and_no_other() -> Result<()> {
+    let folder = Folder::new(150)?;
+    let (input, output) = (folder.text("in.jsonl"), folder.text("out.jsonl"));
+    let mut servers = Vec::new();
+    let mut serve = |tokens: &str| -> Result<String> {
+        let (server, url) = start_server(&["serve", "--json", "--listen", "127.0.0.1:0", "--constant", tokens])?;
+        servers.push(server);
+        Ok(url)
+    };
+    let (first, same, other) = (serve("30")?, serve("30")?, serve("40")?);
+    let begin = [
+        "generate",
+        "-q",
+        "--batch-size",
+        "4",
+        "--input",
+        &input,
+        "--output",
+        &output,
+    ];
+    let journal = folder.path("out.jsonl.partial");
+    let stopped = signal_when(&[&begin[..], &["--predictor", &first]].concat(), &["-INT"], || {
+        lines(&journal) > 8
+    })?;
+    assert_eq!(stopped.status.code(), Some(1), "{stopped:?}");
+    let others: [&[&str]; 3] = [&["--predictor", &other], &["--strategy", "vanilla"], &[]];
+    for flags in others {
+        let refused = run(&[&begin[..], flags].concat())?;
+        assert_eq!(
+            (refused.code, refused.stderr.lines().count()),
+            (Some(1), 1),
+            "{}",
+            refused.stderr
+        );
+        assert!(
+            refused
+                .stderr
+                .contains("other settings (lengths_predicted_by \"a --predictor (constant "),
+            "{}",
+            refused.stderr
+        );
+    }
+    // It has come up at another address.
+    succeed(&[&begin[..], &["--predictor", &same]].concat())?;
+    let answers = folder.read("out.jsonl")?;
+    assert!(answers.lines().count() == 150 && answers.lines().all(|l| l.contains("\"predicted_max_tokens\":30")));
+    servers.iter_mut().try_for_each(|server| server.kill())?;
     Ok(())
 }
 

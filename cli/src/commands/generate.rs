@@ -1,5 +1,7 @@
 //! `generate`: answer every request of a file.
 
+mod settings;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +11,6 @@ use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use lengthwise_core::{DecodeError, FinishReason, LengthEstimate, Prompt, Request, RequestId, SamplingParams};
 use lengthwise_decoder::{Controls, LocalDecoder, PredictedRequest, Prober, SequenceOutput, run_controlled};
-use lengthwise_model::DTypeChoice;
 use lengthwise_scheduler::{Planning, ScheduleConfig, Strategy, StrategyReport, StrategyStats};
 use lengthwise_train::files::{Answer, InstructionRecord, Journal, answer_line, read_instructions};
 
@@ -26,6 +27,7 @@ use crate::predictions::{
     CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
 };
 use crate::progress::{Bar, rate};
+use settings::settings;
 
 /// Flags of `generate`.
 #[derive(Args)]
@@ -61,16 +63,7 @@ pub struct GenerateArgs {
 
 pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
     let records = read_instructions(&args.input)?;
-    // What is null here is the model's own, and follows from its name.
-    let mut settings = serde_json::json!({
-        "model": global.model, "seed": global.seed, "temperature": args.temperature, "top_p": args.top_p,
-        "top_k": args.top_k, "max_new_tokens": args.schedule.max_new_tokens,
-        "dtype": dtype(global)?, "kv_cache_dtype": format!("{:?}", args.cache.kv_cache_dtype),
-    });
-    if let Some(quantization) = args.weights.quantize {
-        settings["quantize"] = format!("{quantization:?}").into();
-    }
-    let (mut journal, finished) = Journal::open(&args.output, &settings.to_string())?;
+    let (mut journal, finished) = Journal::open(&args.output, &settings(global, args, &records)?)?;
     let marks = Marks::of(&records);
     let mut lines = marks.answers(&finished, journal.path())?;
     let waiting: Vec<&InstructionRecord> = records.iter().filter(|r| !lines.contains_key(&r.id)).collect();
@@ -134,15 +127,6 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
         true => print_json(&StrategyReport { strategies: vec![row] }),
         false => Ok(()),
     }
-}
-
-/// What answers are computed in, as far as it can be told before the model is opened.
-fn dtype(global: &Global) -> anyhow::Result<String> {
-    Ok(match global.dtype {
-        DTypeChoice::Auto if global.device()?.is_cpu() => format!("{:?}", DTypeChoice::F32),
-        // The checkpoint's own, which follows from the model.
-        choice => format!("{choice:?}"),
-    })
 }
 
 /// What is said of a run that was asked to end before it was done.

@@ -19,6 +19,7 @@ use tokio::net::TcpListener;
 
 use crate::address::parse_listen;
 use crate::args::{Global, QuantizeArgs};
+use crate::identity;
 use crate::interrupt::StopSignals;
 use crate::output::print_json;
 use crate::predictions::local_predictor;
@@ -120,6 +121,7 @@ fn predictor(global: &Global, args: &ServeArgs) -> anyhow::Result<(Box<dyn Lengt
             method: "constant".to_owned(),
             max_new_tokens: cap,
             max_prompt_tokens: 0,
+            fingerprint: identity::of_constant(max_tokens, cap),
         };
         return Ok((Box::new(ConstantPredictor { max_tokens }), info));
     }
@@ -129,12 +131,12 @@ fn predictor(global: &Global, args: &ServeArgs) -> anyhow::Result<(Box<dyn Lengt
     } else {
         Question::Pia
     };
-    let info = info(&model, args, question);
+    let info = info(&model, args, question)?;
     Ok((local_predictor(&model, args.adapter.as_deref(), question, cap)?, info))
 }
 
-fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> ServerInfo {
-    ServerInfo {
+fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> anyhow::Result<ServerInfo> {
+    Ok(ServerInfo {
         model: model.name.clone(),
         adapter: args
             .adapter
@@ -144,7 +146,8 @@ fn info(model: &LoadedModel, args: &ServeArgs, question: Question) -> ServerInfo
         method: if question == Question::Length { "adapter" } else { "pia" }.to_owned(),
         max_new_tokens: args.max_new_tokens,
         max_prompt_tokens: model.network.config().max_position_embeddings as u32 - 1,
-    }
+        fingerprint: identity::of_local(model, args.adapter.as_deref(), args.max_new_tokens)?,
+    })
 }
 
 async fn bind_metrics(address: &str) -> anyhow::Result<TcpListener> {

@@ -120,6 +120,7 @@ async fn the_model_info_is_what_the_server_was_told() -> Result<()> {
         max_new_tokens: CAP,
         max_prompt_tokens: 512,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        fingerprint: "0123".to_owned(),
     };
     assert_eq!(got, want);
     server.stop().await

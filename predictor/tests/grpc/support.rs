@@ -139,6 +139,7 @@ pub fn info() -> ServerInfo {
         method: "adapter".to_owned(),
         max_new_tokens: CAP,
         max_prompt_tokens: 512,
+        fingerprint: "0123".to_owned(),
     }
 }
 

@@ -29,6 +29,8 @@ impl ServedPredictor {
             method: "adapter".to_owned(),
             max_new_tokens: cap,
             max_prompt_tokens: model.network.config().max_position_embeddings as u32 - 1,
+            // Nobody but this demo asks it.
+            fingerprint: String::new(),
         };
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
