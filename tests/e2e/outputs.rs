@@ -3,11 +3,12 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::Result;
 use serde_json::Value;
 
-use crate::support::{Folder, Run, run, succeed};
+use crate::support::{Folder, Run, binary, finish, run, succeed};
 
 /// A folder with `lengths.jsonl` and `pairs.jsonl` of eight instructions.
 fn labelled() -> Result<Folder> {
@@ -139,6 +140,41 @@ fn an_output_through_a_link_or_to_standard_output_leaves_both_as_they_are() -> R
     let printed = label(&folder, &folder.text("stdout"))?;
     assert_eq!(printed.stdout, pairs);
     assert!(fs::symlink_metadata(folder.path("stdout"))?.is_symlink());
+    Ok(())
+}
+
+#[test]
+fn what_cannot_be_printed_is_a_failure_and_a_reader_that_has_gone_is_none() -> Result<()> {
+    let folder = labelled()?;
+    let (lengths, pairs) = (folder.text("lengths.jsonl"), folder.text("pairs.jsonl"));
+    let commands: [&[&str]; 3] = [
+        &["predict", "Count to five."],
+        &["eval", "--json", "--data", &pairs, "--method", "constant"],
+        &["simulate", "--lengths", &lengths, "--strategy", "vanilla"],
+    ];
+    for args in commands {
+        let mut command = Command::new(binary()?);
+        command.args(args).arg("-q");
+        // Only Linux has that one.
+        if Path::new("/dev/full").exists() {
+            let got = finish(command.stdout(fs::File::create("/dev/full")?))?;
+            assert_eq!(
+                (got.code, got.stderr.lines().count()),
+                (Some(1), 1),
+                "{args:?}: {}",
+                got.stderr
+            );
+            assert!(
+                got.stderr.starts_with("error: standard output: "),
+                "{args:?}: {}",
+                got.stderr
+            );
+        }
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let quiet = finish(command.stdout(writer))?;
+        assert_eq!((quiet.code, quiet.stderr.as_str()), (Some(0), ""), "{args:?}");
+    }
     Ok(())
 }
 
