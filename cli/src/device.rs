@@ -4,6 +4,7 @@ use std::str::FromStr;
 
 use anyhow::Context;
 use candle_core::Device;
+use lengthwise_model::without_backtrace;
 
 /// A device as asked for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,28 +65,9 @@ fn gpu(number: usize) -> anyhow::Result<Device> {
     Ok(device)
 }
 
-/// What went wrong in one line: candle writes a backtrace behind it where RUST_BACKTRACE is set.
-fn without_backtrace(err: candle_core::Error) -> anyhow::Error {
-    match err {
-        candle_core::Error::WithBacktrace { inner, .. } => without_backtrace(*inner),
-        err => anyhow::anyhow!("{err}"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn errors_of_a_device_are_one_line() {
-        let inner = candle_core::Error::Msg("no driver".to_owned());
-        let err = candle_core::Error::WithBacktrace {
-            inner: Box::new(inner),
-            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
-        };
-        assert!(err.to_string().lines().count() > 1);
-        assert_eq!(without_backtrace(err).to_string(), "no driver");
-    }
 
     #[test]
     fn names_of_devices() {

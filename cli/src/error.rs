@@ -21,12 +21,14 @@ pub fn report(err: &anyhow::Error) -> ExitCode {
     ExitCode::from(if err.is::<UsageError>() { 2 } else { 1 })
 }
 
-/// The chain of causes joined by ": ". A message that quotes its cause already does not get it twice.
+/// The chain of causes joined by ": ". A message that quotes its cause already does not get it twice, and a backtrace that
+/// candle wrote behind its own stays out.
 fn one_line(err: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in err.chain() {
         let text = cause.to_string();
-        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        let said = text.lines().take_while(|line| !line.starts_with("   0: "));
+        let text = said.flat_map(str::split_whitespace).collect::<Vec<_>>().join(" ");
         match line.as_str() {
             "" => line = text,
             said if said.contains(&text) => {}
@@ -48,5 +50,12 @@ mod tests {
         assert_eq!(one_line(&err.expect_err("an error")), "label: a.jsonl: disk full");
         let err = anyhow::anyhow!("inner").context("outer");
         assert_eq!(one_line(&err), "outer: inner");
+    }
+
+    #[test]
+    fn a_backtrace_stays_out() {
+        let backtrace = std::backtrace::Backtrace::force_capture();
+        let err = anyhow::anyhow!("no\ndriver\n{backtrace}").context("GPU 0 cannot be used");
+        assert_eq!(one_line(&err), "GPU 0 cannot be used: no driver");
     }
 }

@@ -164,5 +164,40 @@ pub enum ModelError {
     NonFiniteLogits,
     /// candle failed.
     #[error(transparent)]
-    Candle(#[from] candle_core::Error),
+    Candle(candle_core::Error),
+}
+
+impl From<candle_core::Error> for ModelError {
+    fn from(err: candle_core::Error) -> Self {
+        Self::Candle(without_backtrace(err))
+    }
+}
+
+/// The error in one line: candle writes a backtrace behind it where RUST_BACKTRACE is set.
+pub fn without_backtrace(err: candle_core::Error) -> candle_core::Error {
+    use candle_core::Error;
+    match err {
+        Error::WithBacktrace { inner, .. } => without_backtrace(*inner),
+        Error::WithPath { inner, path } => Error::WithPath {
+            inner: Box::new(without_backtrace(*inner)),
+            path,
+        },
+        err => err,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_candle_is_one_line() {
+        let traced = |inner: candle_core::Error| candle_core::Error::WithBacktrace {
+            inner: Box::new(inner),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        let err = traced(traced(candle_core::Error::Msg("no driver".to_owned())).with_path("a.bin"));
+        assert!(err.to_string().lines().count() > 1);
+        assert_eq!(ModelError::from(err).to_string(), "path: \"a.bin\" no driver");
+    }
 }

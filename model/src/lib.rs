@@ -26,7 +26,7 @@ mod weights;
 mod testing;
 
 pub use config::{ModelConfig, RopeScaling};
-pub use error::ModelError;
+pub use error::{ModelError, without_backtrace};
 pub use hub::{Hub, HubConfig, HubError, HubId};
 pub use kv_cache::{BLOCK_TOKENS, BlockTable, KvCache, kv_bytes_per_token, tokens_that_fit};
 pub use length_head::{LengthBins, LengthDistribution, LengthHead, LengthHeadConfig, QUANTILES, largest_of};

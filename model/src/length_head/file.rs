@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::{BIAS, LengthBins, LengthHead, LengthHeadConfig, WEIGHT};
-use crate::{ModelError, save_tensors};
+use crate::{ModelError, save_tensors, without_backtrace};
 
 const CONFIG_FILE: &str = "length_head.json";
 const WEIGHTS_FILE: &str = "length_head.safetensors";
@@ -74,8 +74,8 @@ impl LengthHead {
         file.check(hidden_size).map_err(|reason| bad(&path, reason))?;
         let path = folder.join(WEIGHTS_FILE);
         let bytes = fs::read(&path).map_err(io(&path))?;
-        let mut tensors = candle_core::safetensors::load_buffer(&bytes, device)
-            .map_err(|err| bad(&path, first_line(&err.to_string())))?;
+        let mut tensors =
+            candle_core::safetensors::load_buffer(&bytes, device).map_err(|err| bad(&path, unread(err)))?;
         let bins = file.bin_edges.len();
         let mut take = |name, shape: &[usize]| take(&mut tensors, name, shape).map_err(|reason| bad(&path, reason));
         Ok(Self {
@@ -142,9 +142,7 @@ fn take(tensors: &mut HashMap<String, Tensor>, name: &str, shape: &[usize]) -> R
             tensor.dims()
         ));
     }
-    let tensor = tensor
-        .to_dtype(DType::F32)
-        .map_err(|err| first_line(&err.to_string()))?;
+    let tensor = tensor.to_dtype(DType::F32).map_err(unread)?;
     let sum = tensor
         .abs()
         .and_then(|t| t.sum_all())
@@ -155,9 +153,8 @@ fn take(tensors: &mut HashMap<String, Tensor>, name: &str, shape: &[usize]) -> R
     }
 }
 
-/// candle adds a backtrace to its messages where one is asked for.
-fn first_line(text: &str) -> String {
-    format!("cannot be read: {}", text.lines().next().unwrap_or_default())
+fn unread(err: candle_core::Error) -> String {
+    format!("cannot be read: {}", without_backtrace(err))
 }
 
 fn bad(path: &Path, reason: String) -> ModelError {

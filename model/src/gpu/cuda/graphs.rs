@@ -6,6 +6,7 @@ use candle_core::cuda_backend::cudarc::driver::{CudaGraph, sys};
 use candle_core::{Error, Result, bail};
 
 use super::CudaGpu;
+use crate::without_backtrace;
 
 /// Graphs that are kept; most passes have one of a few batch sizes.
 const MOST_GRAPHS: usize = 64;
@@ -59,7 +60,7 @@ impl CudaGpu {
             return launches();
         };
         if let Err(err) = graph.launch() {
-            self.record_no_more(&err);
+            self.record_no_more(err);
             return launches();
         }
         self.graphs.borrow_mut().kept.insert(key, graph);
@@ -77,16 +78,18 @@ impl CudaGpu {
         };
         if self.launches_early.replace(false) {
             if let Ok(graph) = self.record(launches) {
+                let failed = without_backtrace(failed);
                 tracing::warn!("kernels that begin early cannot be recorded on this GPU, so none does: {failed}");
                 return Some(graph);
             }
             self.launches_early.set(true);
         }
-        self.record_no_more(&failed);
+        self.record_no_more(failed);
         None
     }
 
-    fn record_no_more(&self, err: &Error) {
+    fn record_no_more(&self, err: Error) {
+        let err = without_backtrace(err);
         tracing::warn!("passes cannot be recorded on this GPU, so each is launched kernel by kernel: {err}");
         self.graphs.borrow_mut().unrecordable = true;
     }
