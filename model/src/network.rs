@@ -54,6 +54,9 @@ pub struct Llama {
     /// What trains it on the GPU path.
     #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
     gpu_training: crate::gpu::TrainingSlot,
+    /// How its products are computed on the GPU path.
+    #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+    gpu_products: crate::gpu::SharedProducts,
 }
 
 impl Llama {
@@ -102,6 +105,8 @@ impl Llama {
             scratch: Arc::default(),
             #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
             gpu_training: crate::gpu::TrainingSlot::default(),
+            #[cfg(any(feature = "cuda", feature = "kernel-emulation"))]
+            gpu_products: crate::gpu::SharedProducts::default(),
         })
     }
 

@@ -2,7 +2,8 @@
 
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
-use std::sync::Mutex;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{DType, Error, Result};
 use half::{bf16, f16};
@@ -35,6 +36,8 @@ pub(crate) struct EmulatedGpu {
     pub bank_conflicts: Cell<usize>,
     /// Bytes that the kernel ahead of the next launch writes as late as it may, and where to.
     pub late: RefCell<Option<(Address, Vec<u8>)>>,
+    /// Counts what is timed, each of which takes a second then: else times say nothing here.
+    pub timed: Option<Arc<AtomicUsize>>,
 }
 
 impl EmulatedGpu {

@@ -27,6 +27,7 @@ pub(crate) use hidden::HiddenCopy;
 pub(crate) use pass::GpuCache;
 #[cfg(feature = "cuda")]
 pub(crate) use pass::pass_bytes;
+pub(crate) use products::SharedProducts;
 #[cfg(all(test, feature = "kernel-emulation"))]
 pub(crate) use training::Device as TrainingDevice;
 pub(crate) use training::{GpuTraining, TrainingSlot};

@@ -10,7 +10,7 @@ use super::backend::{Buffer, CopyBack};
 use super::hidden::HiddenCopy;
 use super::inputs::Inputs;
 use super::kernels::{CacheLayer, Kernels};
-use super::products::{Products, Projection, Way};
+use super::products::{Products, Projection, SharedProducts, Way};
 use super::weights::GpuWeights;
 use super::work::Address;
 #[cfg(feature = "cuda")]
@@ -46,6 +46,7 @@ pub(crate) struct GpuCache {
     slots: usize,
     work: Workspace,
     products: Products,
+    shared_products: SharedProducts,
     inputs: Inputs,
     /// `[MOST_SEGMENTS]` u32: the tokens that the last pass drew.
     drawn: Buffer,
@@ -75,7 +76,8 @@ impl GpuCache {
             drawn: gpu.alloc(4 * MOST_SEGMENTS)?,
             dtype: llama.dtype(),
             work: Workspace::default(),
-            products: Products::new(llama.dtype())?,
+            products: llama.gpu_products().choose(llama.dtype(), 0, |_, _, _| Ok(None))?,
+            shared_products: llama.gpu_products().clone(),
             inputs: Inputs::default(),
             draws: false,
             gpu,
@@ -86,27 +88,15 @@ impl GpuCache {
     }
 
     /// Takes the memory of passes of up to `rows` new tokens in `segments` sequences now, so that none fails later, and
-    /// measures which way their products are computed fastest.
+    /// measures which way their products are computed fastest, where no cache of the network has.
     ///
     /// # Errors
     /// There is no memory for it, or the device failed.
     pub fn reserve(&mut self, rows: usize, segments: usize) -> Result<()> {
         let sizes = largest_pass(&self.config, rows, segments);
         self.work.reserve(&self.gpu, &self.config, self.dtype, sizes)?;
-        if self.products.chosen {
-            return Ok(());
-        }
-        let mut products = self.products.clone();
-        let measured = products.measure(sizes.segments, |projection, rows, way| {
-            self.time_products(projection, rows, way)
-        });
-        self.products = match measured {
-            Ok(()) => products,
-            Err(err) => {
-                tracing::warn!("products of few rows cannot be timed on this GPU, so cuBLAS computes them: {err}");
-                Products::by_blas()
-            }
-        };
+        let time = |projection, rows, way| self.time_products(projection, rows, way);
+        self.products = self.shared_products.choose(self.dtype, sizes.segments, time)?;
         Ok(())
     }
 

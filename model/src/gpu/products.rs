@@ -1,9 +1,12 @@
 //! Which way a pass multiplies each of its weights by few rows: by cuBLAS or by the kernel for them, whichever took less
 //! time on this device.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::{DType, Result, bail};
 
 use super::kernels::{FEW_ROWS_SIZES, Outputs};
+use crate::without_backtrace;
 
 /// What a pass multiplies by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +49,40 @@ const VARIABLE: &str = "LENGTHWISE_GPU_PRODUCTS";
 pub(crate) struct Products {
     /// For each number of rows that the kernel is compiled for.
     ways: [[Way; Projection::ALL.len()]; FEW_ROWS_SIZES.len()],
-    /// By measurement, or because there is nothing to choose.
-    pub chosen: bool,
+    /// For passes of up to so many rows they are chosen: by measurement, or because there is nothing to choose.
+    chosen: usize,
+}
+
+/// The ways that all caches of a network take: measured for the first, they serve the others. Networks that are made of one
+/// another share them, since no time hangs on what the weights are.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct SharedProducts(Arc<Mutex<Option<Products>>>);
+
+impl SharedProducts {
+    /// The ways, chosen for passes of up to `rows` rows: by an earlier cache, or by measurement now, where others wait for it.
+    ///
+    /// - `time`: as [`Products::measure`] takes it; where it fails, cuBLAS computes all
+    ///
+    /// # Errors
+    /// The environment names a way that there is not.
+    pub fn choose(
+        &self,
+        dtype: DType,
+        rows: usize,
+        time: impl FnMut(Projection, usize, Way) -> Result<Option<f64>>,
+    ) -> Result<Products> {
+        let mut shared = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut products = match &*shared {
+            Some(products) => products.clone(),
+            None => Products::new(dtype)?,
+        };
+        if let Err(err) = products.measure(rows, time) {
+            let err = without_backtrace(err);
+            tracing::warn!("products of few rows cannot be timed on this GPU, so cuBLAS computes them: {err}");
+            products = Products::by_blas();
+        }
+        Ok(shared.insert(products).clone())
+    }
 }
 
 impl Products {
@@ -55,7 +90,7 @@ impl Products {
     ///
     /// # Errors
     /// The environment names a way that there is not.
-    pub fn new(dtype: DType) -> Result<Self> {
+    fn new(dtype: DType) -> Result<Self> {
         let named = std::env::var(VARIABLE).ok();
         let (kernel, chosen) = match named.as_deref() {
             _ if dtype.size_in_bytes() != 2 => (false, true),
@@ -71,15 +106,15 @@ impl Products {
         };
         Ok(Self {
             ways: [Projection::ALL.map(way); FEW_ROWS_SIZES.len()],
-            chosen,
+            chosen: if chosen { usize::MAX } else { 0 },
         })
     }
 
     /// All by cuBLAS.
-    pub fn by_blas() -> Self {
+    fn by_blas() -> Self {
         Self {
             ways: [[Way::Blas; Projection::ALL.len()]; FEW_ROWS_SIZES.len()],
-            chosen: true,
+            chosen: usize::MAX,
         }
     }
 
@@ -91,26 +126,29 @@ impl Products {
             .map_or(Way::Blas, |size| self.ways[size][projection as usize])
     }
 
-    /// Chooses by measurement for passes of up to `rows` rows, where that says anything.
+    /// Chooses by measurement for passes of up to `rows` rows, where that is not done and says anything.
     ///
     /// - `time`: seconds that a weight's products take in a way, with so many rows
     ///
     /// # Errors
     /// `time`'s.
-    pub fn measure(
+    fn measure(
         &mut self,
         rows: usize,
         mut time: impl FnMut(Projection, usize, Way) -> Result<Option<f64>>,
     ) -> Result<()> {
         let mut smaller = 0;
         for (ways, size) in self.ways.iter_mut().zip(FEW_ROWS_SIZES) {
-            if rows <= smaller {
-                break;
+            let timed = size.min(rows);
+            // No pass has as many, or they were timed before.
+            let needless = rows <= std::mem::replace(&mut smaller, size) || timed <= self.chosen;
+            if needless {
+                continue;
             }
             for projection in Projection::ALL {
                 let mut seconds = [0.0; Way::ALL.len()];
                 for (way, seconds) in Way::ALL.iter().zip(&mut seconds) {
-                    let Some(measured) = time(projection, size.min(rows), *way)? else {
+                    let Some(measured) = time(projection, timed, *way)? else {
                         return Ok(());
                     };
                     *seconds = measured;
@@ -118,9 +156,8 @@ impl Products {
                 ways[projection as usize] = fastest(seconds);
                 tracing::debug!(?projection, rows = size, ?seconds, chosen = ?ways[projection as usize], "product");
             }
-            smaller = size;
         }
-        self.chosen = true;
+        self.chosen = self.chosen.max(rows);
         Ok(())
     }
 }
@@ -162,9 +199,43 @@ mod tests {
     }
 
     #[test]
+    fn what_one_cache_measured_serves_the_others() -> Result<()> {
+        let shared = SharedProducts::default();
+        let timed = std::cell::RefCell::new(Vec::new());
+        let choose = |rows| {
+            let products = shared.choose(DType::BF16, rows, |_, rows, _| {
+                timed.borrow_mut().push(rows);
+                Ok(Some(1.0))
+            })?;
+            timed.borrow_mut().dedup();
+            Ok::<_, candle_core::Error>((products, timed.take()))
+        };
+        let (unmeasured, none) = choose(0)?;
+        assert_eq!((unmeasured.chosen, none), (0, vec![]));
+        assert_eq!(choose(13)?.1, [8, 13]);
+        assert!(choose(13)?.1.is_empty());
+        // Larger passes: what is new about them alone.
+        assert_eq!(choose(14)?.1, [14]);
+        assert_eq!(choose(300)?.1, [16, 32]);
+        assert!(choose(400)?.1.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn where_one_cannot_be_timed_all_are_of_cublas() -> Result<()> {
+        let shared = SharedProducts::default();
+        let failed = shared.choose(DType::BF16, 8, |_, _, _| bail!("no events"))?;
+        let after = shared.choose(DType::BF16, 300, |_, _, _| bail!("it is not tried again"))?;
+        for products in [failed, after] {
+            assert_eq!(products.way(Projection::Qkv, 8), Way::Blas);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn the_kernel_takes_no_f32() -> Result<()> {
         let products = Products::new(DType::F32)?;
-        assert!(products.chosen);
+        assert_eq!(products.chosen, usize::MAX);
         assert_eq!(products.way(Projection::Qkv, 1), Way::Blas);
         Ok(())
     }

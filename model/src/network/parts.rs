@@ -3,6 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::Llama;
+use crate::gpu::SharedProducts;
 use crate::lora::LinearKind;
 
 /// A layer's weights.
@@ -19,6 +20,11 @@ pub(crate) struct LayerParts {
 }
 
 impl Llama {
+    /// How its products are computed, in all its caches.
+    pub(crate) fn gpu_products(&self) -> &SharedProducts {
+        &self.gpu_products
+    }
+
     /// A layer's weights; copies where the CPU path has packed them.
     pub(crate) fn layer_parts(&self, layer: usize) -> Result<LayerParts> {
         let block = &self.blocks[layer];

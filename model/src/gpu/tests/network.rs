@@ -1,9 +1,14 @@
 //! Whole passes on the emulator against the CPU path.
 #![cfg(feature = "kernel-emulation")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use candle_core::{DType, Device};
 use lengthwise_core::SamplingParams;
 
+use crate::gpu::emulated::EmulatedGpu;
+use crate::gpu::{Gpu, GpuCache};
 use crate::testing::adapter;
 use crate::{Adapter, BlockTable, KvCache, Llama, ModelConfig, Sampler, Segment, Wanted, drawn_token};
 
@@ -98,6 +103,27 @@ fn passes_give_the_logits_and_tokens_of_the_cpu_path() -> anyhow::Result<()> {
             }
             assert_eq!(drawn, want_drawn, "{config:?}");
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn caches_of_a_network_share_what_one_measured() -> anyhow::Result<()> {
+    let config = configs().remove(0);
+    let weights = crate::testing::weights(&config, DType::BF16, &Device::Cpu)?;
+    let timed = Arc::new(AtomicUsize::new(0));
+    // Three ways of five products, each of 8, 16 and 32 rows.
+    let all = 3 * 5 * 3;
+    for network in 1..=2 {
+        let llama = Llama::new(&config, &weights)?;
+        for llama in [&llama, &llama, &llama.clone()] {
+            let gpu = Gpu::Emulated(EmulatedGpu {
+                timed: Some(timed.clone()),
+                ..EmulatedGpu::default()
+            });
+            GpuCache::new(gpu, llama, 64)?.reserve(300, 256)?;
+        }
+        assert_eq!(timed.load(Ordering::Relaxed), network * all);
     }
     Ok(())
 }
