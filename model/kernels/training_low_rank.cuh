@@ -102,6 +102,11 @@ __device__ void term_down(float *low, const T *x, FactorOf factor, int rows, int
                           const float *scales, Drop drop) {
     __shared__ float parts[8][TERM_DOWN_ROWS * TERM_AT_ONCE];
     const int row = blockIdx.x * TERM_DOWN_ROWS, first = blockIdx.y * TERM_AT_ONCE;
+    bool any = false;
+#pragma unroll 1
+    for (int r = row; r < min(row + TERM_DOWN_ROWS, rows); r++) any |= scales[r] != 0;
+    // Where the adapter leaves them all alone, nothing is read or dropped.
+    if (!any) width = 0;
     // Half of the rows each.
     float sums[2][32];
 #pragma unroll
@@ -219,10 +224,11 @@ __device__ inline void sum_parts(float *out, const float *parts, int count, int 
 #define DROP_ARGUMENTS int seed_low, int seed_high, int threshold, float drop_scale, const uint32_t *drop_rows
 #define DROP drop_of(seed_low, seed_high, threshold, drop_scale, drop_rows)
 
+// Two blocks of term_down at once: without a bound it takes more registers than that leaves.
 #define TERM_KERNELS(suffix, T)                                                                                        \
-    extern "C" __global__ void term_down_##suffix(float *low, const T *x, const float *m, int rows, int width,         \
-                                                  int x_stride, int rank, int step_k, int step_i, const float *scales, \
-                                                  DROP_ARGUMENTS) {                                                    \
+    extern "C" __global__ void __launch_bounds__(256, 2)                                                               \
+        term_down_##suffix(float *low, const T *x, const float *m, int rows, int width, int x_stride, int rank,        \
+                           int step_k, int step_i, const float *scales, DROP_ARGUMENTS) {                              \
         after_earlier();                                                                                               \
         term_down<T>(low, x, {m, rank, step_k, step_i}, rows, width, x_stride, scales, DROP);                          \
     }                                                                                                                  \

@@ -123,7 +123,7 @@ impl Words {
         let place = |row: &u32| read.binary_search(row).map_or(NO_ROW, |place| place as u32);
         let places: Vec<u32> = inputs.iter().map(place).collect();
         let scales: Vec<u32> = read.iter().map(|&row| scale(row).to_bits()).collect();
-        let (query_words, key_words) = tiles(tile, lengths, read);
+        let (query_words, key_words) = tiles(tile, lengths, (read, inputs));
         let mut tiles = |words: Vec<u32>| Tiles {
             count: words.len() / 4,
             words: self.push(&words),
@@ -142,19 +142,22 @@ impl Words {
 }
 
 /// Tiles of `tile` queries and of `tile` keys, as `training_attention.cuh` describes them. A tile of keys names the queries from its own
-/// first position on; which of those see which key, the kernel asks the positions.
-fn tiles(tile: usize, lengths: &[usize], read: &[u32]) -> (Vec<u32>, Vec<u32>) {
+/// first position on; which of those see which key, the kernel asks the positions. Keys whose input has no gradient have no
+/// tile, unless one beside them has.
+fn tiles(tile: usize, lengths: &[usize], (read, inputs): (&[u32], &[u32])) -> (Vec<u32>, Vec<u32>) {
     let (mut queries, mut keys, mut row) = (Vec::new(), Vec::new(), 0);
+    let place = |rows: &[u32], row: usize| rows.partition_point(|&r| (r as usize) < row);
     for &length in lengths {
-        let place = |row: usize| read.partition_point(|&r| (r as usize) < row);
-        let (begin, end) = (place(row), place(row + length));
+        let (begin, end) = (place(read, row), place(read, row + length));
         for first in (begin..end).step_by(tile) {
             let count = tile.min(end - first);
             queries.extend([first, count, row, 0].map(|word| word as u32));
         }
-        for first in (0..length).step_by(tile) {
-            let count = tile.min(length - first);
-            keys.extend([row + first, count, place(row + first), end].map(|word| word as u32));
+        for first in (row..row + length).step_by(tile) {
+            let count = tile.min(row + length - first);
+            if place(inputs, first) < place(inputs, first + count) {
+                keys.extend([first, count, place(read, first), end].map(|word| word as u32));
+            }
         }
         row += length;
     }
@@ -168,8 +171,14 @@ mod tests {
     #[test]
     fn tiles_stay_within_a_sequence_and_keys_know_who_may_see_them() {
         // Sequences of 40, 0 and 3 tokens; rows 1, 33, 39, 42 are read.
-        let (queries, keys) = tiles(32, &[40, 0, 3], &[1, 33, 39, 42]);
+        let (lengths, read) = ([40, 0, 3], [1, 33, 39, 42]);
+        let every: Vec<u32> = (0..43).collect();
+        let (queries, keys) = tiles(32, &lengths, (&read, &every));
         assert_eq!(queries, [0, 3, 0, 0, 3, 1, 40, 0]);
         assert_eq!(keys, [0, 32, 0, 3, 32, 8, 1, 3, 40, 3, 3, 4]);
+        // Of keys 32, 34 and 41 alone a gradient is wanted.
+        let (all_queries, keys) = tiles(32, &lengths, (&read, &[32, 34, 41]));
+        assert_eq!(all_queries, queries);
+        assert_eq!(keys, [32, 8, 1, 3, 40, 3, 3, 4]);
     }
 }
