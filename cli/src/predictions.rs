@@ -19,7 +19,7 @@ use lengthwise_train::files::read_predictions;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
-use crate::inputs::{default_slots, local_decoder};
+use crate::inputs::{CacheArgs, default_slots, local_decoder};
 use crate::progress::{Bar, NO_BAR_FOR};
 
 /// Sources of predictions.
@@ -77,6 +77,21 @@ pub fn head_predictor(model: &LoadedModel, folder: &Path, device: &Device) -> an
     let adapter = Arc::new(Adapter::load(folder, config, model.network.device())?);
     let head = LengthHead::load(folder, config.hidden_size, device)?;
     Ok(HeadPredictor::new(model.clone(), adapter, head))
+}
+
+/// Whether the predictor of a strategy has a KV cache in this process: it asks the model.
+fn has_cache(strategy: Strategy, args: &PredictionArgs) -> bool {
+    let is_read = strategy == Strategy::Vanilla || args.predictions.is_some() || args.predictor.is_some();
+    let is_asked = args.adapter.as_deref().is_some_and(|folder| !LengthHead::is_in(folder));
+    strategy == Strategy::Po || is_asked && !is_read
+}
+
+/// The engine's settings of a decoder, beside which the strategies' predictors will be.
+pub fn engine_beside(cache: CacheArgs, strategies: &[Strategy], args: &PredictionArgs) -> EngineConfig {
+    match strategies.iter().any(|strategy| has_cache(*strategy, args)) {
+        true => cache.engine().for_two(),
+        false => cache.engine(),
+    }
 }
 
 /// The predictor that the flags and the strategy name; `None` where predictions are read from a file or not needed.
@@ -248,6 +263,24 @@ mod tests {
         for text in ["0", "1", "NaN", "x"] {
             parse_probability(text).expect_err(text);
         }
+    }
+
+    #[test]
+    fn a_predictor_that_asks_the_model_is_left_memory() -> anyhow::Result<()> {
+        let folder = tempfile::tempdir()?;
+        let args = |adapter: bool, predictions: bool| PredictionArgs {
+            predictor: None,
+            adapter: adapter.then(|| folder.path().to_owned()),
+            predictions: predictions.then(|| "lengths.jsonl".into()),
+            admit_quantile: ADMIT_QUANTILE,
+        };
+        let (none, adapter, file) = (args(false, false), args(true, false), args(false, true));
+        assert!(has_cache(Strategy::Po, &none) && has_cache(Strategy::Po, &file));
+        assert!(has_cache(Strategy::SeqSch, &adapter) && !has_cache(Strategy::Vanilla, &adapter));
+        assert!(!has_cache(Strategy::Continuous, &none) && !has_cache(Strategy::SeqSch, &file));
+        std::fs::write(folder.path().join("length_head.json"), "")?;
+        assert!(!has_cache(Strategy::SeqSch, &adapter));
+        Ok(())
     }
 
     #[test]

@@ -31,11 +31,28 @@ impl Default for EngineConfig {
 pub enum KvBudget {
     /// What fits [`DEFAULT_CACHE_BYTES`], or on a GPU nine tenths of its free memory.
     Memory,
+    /// The same of the first of two engines: on a GPU it leaves the second a third of that, at most 16,384 tokens.
+    MemoryForTwo,
     /// So many tokens.
     Tokens(usize),
     /// As many tokens as fit so many bytes.
     Bytes(usize),
 }
+
+impl EngineConfig {
+    /// Of the first of two engines that are there at once, where it is not said what its KV cache takes.
+    #[must_use]
+    pub fn for_two(self) -> Self {
+        let kv_budget = match self.kv_budget {
+            KvBudget::Memory => KvBudget::MemoryForTwo,
+            other => other,
+        };
+        Self { kv_budget, ..self }
+    }
+}
+
+/// Tokens of a GPU's memory that a first engine leaves at most to a second, which predicts: 64 prompts of 256.
+const SECOND_CACHE_TOKENS: usize = 64 * 256;
 
 /// Size of the KV cache on a CPU where none is asked for.
 pub const DEFAULT_CACHE_BYTES: usize = 1 << 30;
@@ -52,11 +69,19 @@ pub(crate) fn cache_tokens(model: &Llama, config: &EngineConfig) -> Result<usize
     match config.kv_budget {
         KvBudget::Tokens(tokens) => Ok(tokens),
         KvBudget::Bytes(bytes) => Ok(fit(bytes)),
-        KvBudget::Memory => {
+        KvBudget::Memory | KvBudget::MemoryForTwo => {
             let (rows, segments) = largest_pass(config);
             let free = tokens_that_fit(model, rows, segments).map_err(DecodeError::model)?;
-            Ok(free.unwrap_or(fit(DEFAULT_CACHE_BYTES)))
+            Ok(free.map_or(fit(DEFAULT_CACHE_BYTES), |tokens| of_free(config.kv_budget, tokens)))
         }
+    }
+}
+
+/// Of the tokens that fit a GPU's free memory those that an engine takes.
+fn of_free(budget: KvBudget, tokens: usize) -> usize {
+    match budget {
+        KvBudget::MemoryForTwo => tokens - (tokens / 3).min(SECOND_CACHE_TOKENS),
+        _ => tokens,
     }
 }
 
@@ -69,4 +94,24 @@ pub(crate) fn reserve_passes(cache: &mut KvCache, config: &EngineConfig) -> Resu
 /// Tokens and segments of the largest pass that memory is taken for.
 fn largest_pass(config: &EngineConfig) -> (usize, usize) {
     (config.max_prefill_tokens + EXPECTED_SLOTS, EXPECTED_SLOTS + MOST_PROBES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_first_engine_leaves_a_second_what_it_has_a_use_for() {
+        let config = EngineConfig::default();
+        let two = config.for_two().kv_budget;
+        assert_eq!(of_free(config.kv_budget, 9_000), 9_000);
+        assert_eq!(of_free(two, 9_000), 6_000);
+        assert_eq!(of_free(two, 200_000), 200_000 - 64 * 256);
+        // What was asked for is taken.
+        let asked = EngineConfig {
+            kv_budget: KvBudget::Tokens(100),
+            ..config
+        };
+        assert_eq!(asked.for_two(), asked);
+    }
 }

@@ -24,7 +24,7 @@ use crate::history::History;
 use crate::in_passes::{Asked, InPasses};
 use crate::inputs::{CacheArgs, ScheduleArgs, local_decoder};
 use crate::output::{print, print_json};
-use crate::predictions::{Distributions, PredictionArgs, distributions, parse_noise, scheduled_length};
+use crate::predictions::{Distributions, PredictionArgs, distributions, engine_beside, parse_noise, scheduled_length};
 use crate::progress::{Bar, rate};
 use crate::slots;
 use crate::sweep::SweepArgs;
@@ -89,7 +89,8 @@ pub struct BenchArgs {
 pub fn run(global: &Global, args: &BenchArgs) -> anyhow::Result<()> {
     let schedules = args.sweep.schedules(&args.schedule)?;
     let model = global.open_quantized(args.weights)?;
-    let mut decoder = local_decoder(&model, None, args.schedule.batch_size, args.cache.engine())?;
+    let engine = engine_beside(args.cache, &args.strategy, &args.predictions);
+    let mut decoder = local_decoder(&model, None, args.schedule.batch_size, engine)?;
     let workload = workload(global, args, &decoder)?;
     args.sweep.check(workload.sequences.len())?;
     predict::check(args, &workload)?;

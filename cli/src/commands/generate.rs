@@ -24,7 +24,7 @@ use crate::kept::Marks;
 use crate::output::print_json;
 use crate::parse::{not_negative, top_p};
 use crate::predictions::{
-    CHUNK, Distributions, PredictionArgs, ask, distributions, from_file, predictor_for, scheduled_length,
+    CHUNK, Distributions, PredictionArgs, ask, distributions, engine_beside, from_file, predictor_for, scheduled_length,
 };
 use crate::progress::{Bar, rate};
 use settings::settings;
@@ -76,7 +76,7 @@ pub fn run(global: &Global, args: &GenerateArgs) -> anyhow::Result<()> {
             &global.open_quantized(args.weights)?,
             None,
             args.schedule.batch_size,
-            args.cache.engine(),
+            engine_beside(args.cache, &[args.strategy], &args.predictions),
         )?;
         let (requests, distributions) = requests(global, args, &waiting, &decoder, &interrupt)?;
         if args.schedule.wants_cost(&[args.strategy]) && !interrupt.is_asked() {
