@@ -22,6 +22,17 @@ pub(crate) struct Sizes {
 }
 
 impl Sizes {
+    /// Room for some more rows and segments: while slots fill each pass has a few more than the one before, and not all of
+    /// them shall move the buffers, which makes recordings useless.
+    fn with_more(self) -> Self {
+        Self {
+            rows: self.rows.next_multiple_of(256),
+            segments: self.segments.next_multiple_of(256),
+            input_words: self.input_words.next_power_of_two(),
+            ..self
+        }
+    }
+
     /// Room for both.
     fn union(self, other: Self) -> Self {
         Self {
@@ -83,6 +94,12 @@ impl Workspace {
         if self.memory.is_some() && sizes == self.sizes {
             return Ok(());
         }
+        // What was made in advance is as large as it was reckoned to be.
+        let sizes = if self.memory.is_some() {
+            sizes.with_more()
+        } else {
+            sizes
+        };
         let (places, bytes) = places(config, dtype, sizes);
         // The old memory first: there may not be room for both.
         (self.memory, self.sizes) = (None, Sizes::default());
@@ -145,5 +162,33 @@ impl Places {
             last_mixed: self.last_mixed + base,
             logits: self.logits + base,
         }
+    }
+}
+
+#[cfg(all(test, feature = "kernel-emulation"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn growing_pass_by_pass_moves_the_buffers_a_few_times() -> Result<()> {
+        let gpu = Gpu::new(&candle_core::Device::Cpu)?;
+        let (config, mut work) = (crate::testing::config(), Workspace::default());
+        let mut moved = Vec::new();
+        for segments in 270..600 {
+            let sizes = Sizes {
+                rows: 1000 + segments,
+                segments,
+                input_words: 24 * segments,
+                ..Sizes::default()
+            };
+            let before = work.generation;
+            work.reserve(&gpu, &config, DType::F32, sizes)?;
+            if work.generation > before {
+                moved.push(segments);
+            }
+        }
+        // As asked for, all three, then for rows, words, segments and rows.
+        assert_eq!(moved, [270, 271, 281, 342, 513, 537]);
+        Ok(())
     }
 }
