@@ -9,49 +9,35 @@ use lengthwise_model::LoadedModel;
 use lengthwise_predictor::RemotePredictor;
 use lengthwise_scheduler::Strategy;
 
-use crate::predictions::PredictionArgs;
+use crate::predictions::{PredictionArgs, Source};
 
 /// Who predicts the lengths that `strategy` goes by, in words. Neither an address nor the name of a file or folder is part
 /// of it: a server may come up on another port, and an adapter be trained anew.
 ///
 /// # Errors
 /// A file cannot be read, or no predictor answers.
-pub fn predicted_by(strategy: Strategy, source: &PredictionArgs) -> anyhow::Result<String> {
-    // In the order in which the predictor is chosen: see `predictor_for`.
-    Ok(match (strategy, source) {
-        (Strategy::Vanilla, _) => "nobody".to_owned(),
-        (Strategy::Po, _) => "the model itself".to_owned(),
-        (
-            _,
-            PredictionArgs {
-                predictions: Some(path),
-                ..
-            },
-        ) => format!("a --predictions file ({})", of_files(&[path])?),
-        (
-            _,
-            PredictionArgs {
-                predictor: Some(url), ..
-            },
-        ) => {
-            let remote = RemotePredictor::connect(url)?;
-            let info = remote.model_info();
-            match info.fingerprint.as_str() {
-                // An older server, or another implementation: what it says of itself has to do.
-                "" => format!(
-                    "a --predictor ({} {} {} {})",
-                    info.method, info.model, info.adapter, info.max_new_tokens
-                ),
-                fingerprint => format!("a --predictor ({} {fingerprint})", info.method),
-            }
-        }
-        (
-            _,
-            PredictionArgs {
-                adapter: Some(folder), ..
-            },
-        ) => format!("an --adapter ({})", of_adapter(folder)?),
-        _ => "the cap".to_owned(),
+pub fn predicted_by(strategy: Strategy, args: &PredictionArgs) -> anyhow::Result<String> {
+    Ok(match args.source(strategy) {
+        Source::Nobody => "nobody".to_owned(),
+        Source::Model => "the model itself".to_owned(),
+        Source::File(path) => format!("a --predictions file ({})", of_files(&[path])?),
+        Source::Server(url) => of_server(url)?,
+        Source::Adapter(folder) => format!("an --adapter ({})", of_adapter(folder)?),
+        Source::Unnamed => "the cap".to_owned(),
+    })
+}
+
+/// Of a running predictor, in words.
+fn of_server(url: &str) -> anyhow::Result<String> {
+    let remote = RemotePredictor::connect(url)?;
+    let info = remote.model_info();
+    Ok(match info.fingerprint.as_str() {
+        // An older server, or another implementation: what it says of itself has to do.
+        "" => format!(
+            "a --predictor ({} {} {} {})",
+            info.method, info.model, info.adapter, info.max_new_tokens
+        ),
+        fingerprint => format!("a --predictor ({} {fingerprint})", info.method),
     })
 }
 

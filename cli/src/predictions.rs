@@ -40,6 +40,34 @@ pub struct PredictionArgs {
     pub admit_quantile: f64,
 }
 
+/// Where a strategy's lengths come from.
+pub enum Source<'a> {
+    /// It needs none.
+    Nobody,
+    /// The model is asked as it is (PiA).
+    Model,
+    File(&'a Path),
+    /// A running predictor's address.
+    Server(&'a str),
+    Adapter(&'a Path),
+    /// No flag names one.
+    Unnamed,
+}
+
+impl PredictionArgs {
+    /// The source for `strategy`: some need none or have their own, whatever the flags name.
+    pub fn source(&self, strategy: Strategy) -> Source<'_> {
+        match (strategy, &self.predictions, &self.predictor, &self.adapter) {
+            (Strategy::Po, ..) => Source::Model,
+            (Strategy::Vanilla, ..) => Source::Nobody,
+            (_, Some(path), ..) => Source::File(path),
+            (_, _, Some(url), _) => Source::Server(url),
+            (.., Some(folder)) => Source::Adapter(folder),
+            _ => Source::Unnamed,
+        }
+    }
+}
+
 /// The quantile that the continuous mode admits with, unless it is asked for another: one answer in ten outgrows its
 /// share of the KV cache.
 pub const ADMIT_QUANTILE: f64 = 0.9;
@@ -81,9 +109,11 @@ pub fn head_predictor(model: &LoadedModel, folder: &Path, device: &Device) -> an
 
 /// Whether the predictor of a strategy has a KV cache in this process: it asks the model.
 fn has_cache(strategy: Strategy, args: &PredictionArgs) -> bool {
-    let is_read = strategy == Strategy::Vanilla || args.predictions.is_some() || args.predictor.is_some();
-    let is_asked = args.adapter.as_deref().is_some_and(|folder| !LengthHead::is_in(folder));
-    strategy == Strategy::Po || is_asked && !is_read
+    match args.source(strategy) {
+        Source::Model => true,
+        Source::Adapter(folder) => !LengthHead::is_in(folder),
+        Source::Nobody | Source::File(_) | Source::Server(_) | Source::Unnamed => false,
+    }
 }
 
 /// The engine's settings of a decoder, beside which the strategies' predictors will be.
@@ -101,25 +131,19 @@ pub fn predictor_for(
     model: &LoadedModel,
     cap: u32,
 ) -> anyhow::Result<Option<Box<dyn LengthPredictor>>> {
-    if strategy == Strategy::Po {
-        return Ok(Some(local_predictor(model, None, Question::Pia, cap)?));
-    }
-    if strategy == Strategy::Vanilla || args.predictions.is_some() {
-        return Ok(None);
-    }
-    if let Some(url) = &args.predictor {
-        let remote = RemotePredictor::connect(url)?;
-        return Ok(Some(Box::new(FallbackPredictor::new(remote, cap))));
-    }
-    if let Some(path) = &args.adapter {
-        return Ok(Some(local_predictor(model, Some(path), Question::Length, cap)?));
-    }
-    match strategy {
+    let predictor: Box<dyn LengthPredictor> = match (args.source(strategy), strategy) {
+        (Source::Nobody | Source::File(_), _) => return Ok(None),
+        (Source::Model, _) => local_predictor(model, None, Question::Pia, cap)?,
+        (Source::Server(url), _) => Box::new(FallbackPredictor::new(RemotePredictor::connect(url)?, cap)),
+        (Source::Adapter(folder), _) => local_predictor(model, Some(folder), Question::Length, cap)?,
         // Without predictions the continuous mode admits by the cap.
-        Strategy::Continuous => Ok(Some(Box::new(ConstantPredictor { max_tokens: cap }))),
-        Strategy::Oracle => bail!("oracle needs the true lengths: give --predictions or --lengths"),
-        _ => bail!("{strategy} needs predicted lengths: give --predictor, --adapter or --predictions"),
-    }
+        (Source::Unnamed, Strategy::Continuous) => Box::new(ConstantPredictor { max_tokens: cap }),
+        (Source::Unnamed, Strategy::Oracle) => bail!("oracle needs the true lengths: give --predictions or --lengths"),
+        (Source::Unnamed, _) => {
+            bail!("{strategy} needs predicted lengths: give --predictor, --adapter or --predictions")
+        }
+    };
+    Ok(Some(predictor))
 }
 
 /// The distributions of single requests' lengths, as far as they are predicted.
